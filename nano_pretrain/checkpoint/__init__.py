@@ -1,0 +1,1 @@
+"""Sharded checkpoints: written beside, verified, renamed; the newest whole one is found."""

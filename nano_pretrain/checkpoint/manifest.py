@@ -1,0 +1,95 @@
+"""The list of a checkpoint's files with sizes and hashes, and which checkpoints of a run are whole; imports no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of a checkpoint."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint holds and who wrote it.
+
+    Args:
+        tokens: tokens consumed, the checkpoint's clock.
+        step: optimizer steps taken.
+        layout: tensor, pipeline, context and data-parallel sizes that wrote it, and whether the optimizer was sharded.
+        versions: packages that wrote it.
+        corpus: fingerprint of the corpus it was trained on.
+        files: every other file, by name.
+    """
+
+    tokens: int
+    step: int
+    layout: dict[str, Any]
+    versions: dict[str, str]
+    corpus: str
+    files: dict[str, FileEntry]
+
+    def write(self, directory: Path) -> None:
+        """Write to `directory`/manifest.json."""
+        (directory / MANIFEST).write_text(json.dumps(asdict(self), indent=1, sort_keys=True) + "\n")
+
+
+def read_manifest(directory: Path) -> Manifest | None:
+    """The manifest, or None where there is none that can be read."""
+    try:
+        content = json.loads((directory / MANIFEST).read_text())
+        files = {name: FileEntry(**entry) for name, entry in content.pop("files").items()}
+        return Manifest(files=files, **content)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None
+
+
+def checkpoints_directory(run_dir: Path) -> Path:
+    """Where a run keeps its checkpoints."""
+    return run_dir / "checkpoints"
+
+
+def whole_checkpoints(run_dir: Path) -> list[Path]:
+    """Checkpoints whose files are all there in full length, newest first; content is verified when one is loaded."""
+    found = []
+    for path in checkpoints_directory(run_dir).glob("*"):
+        manifest = read_manifest(path) if path.name.isdigit() else None
+        if manifest and all(_size(path / name) == entry.size for name, entry in manifest.files.items()):
+            found.append(path)
+    return sorted(found, key=lambda path: int(path.name), reverse=True)
+
+
+def newest_tokens(run_dir: Path) -> int | None:
+    """Consumed tokens of the newest whole checkpoint."""
+    whole = whole_checkpoints(run_dir)
+    return int(whole[0].name) if whole else None
+
+
+def file_entries(directory: Path, names: Iterable[str]) -> dict[str, FileEntry]:
+    """Size and hash of the named files."""
+    return {name: FileEntry((directory / name).stat().st_size, _sha256(directory / name)) for name in names}
+
+
+def damaged_files(directory: Path, names: Iterable[str], manifest: Manifest) -> list[str]:
+    """Those of the named files whose content is not what the manifest says."""
+    return [name for name in names if _sha256(directory / name) != manifest.files[name].sha256]
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else -1
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,202 @@
+"""Writing and reading sharded checkpoints through megatron-core's dist_checkpointing."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from nano_pretrain.checkpoint.manifest import (
+    MANIFEST,
+    FileEntry,
+    Manifest,
+    checkpoints_directory,
+    damaged_files,
+    file_entries,
+    read_manifest,
+    whole_checkpoints,
+)
+from nano_pretrain.recipe.errors import UserError
+
+log = logging.getLogger(__name__)
+
+SHARDING = {
+    # Optimizer states as one tensor per parameter: loads on any tensor, pipeline and data-parallel layout.
+    "distrib_optim_sharding_type": "fully_reshardable",
+    # True loads wrong optimizer state on gloo when the data-parallel size changes (measured, megatron-core 0.16.1).
+    "distrib_optim_fully_reshardable_mem_efficient": False,
+    "chained_optim_avoid_prefix": True,
+}
+VERSIONS = ("torch", "megatron-core", "nano-pretrain")
+
+
+def sharded_state(model: Any, optimizer: Any, loading: bool) -> dict[str, Any]:
+    """What a checkpoint holds: model and, if given, optimizer.
+
+    Args:
+        model: bare megatron-core model of this rank, not its data-parallel wrapper.
+        optimizer: megatron-core optimizer, or None to leave it out.
+        loading: whether the state is to be loaded into.
+    """
+    metadata = dict(SHARDING)
+    state: dict[str, Any] = {"model": model.sharded_state_dict(metadata=metadata)}
+    if optimizer is not None:
+        state["optimizer"] = optimizer.sharded_state_dict(state["model"], is_loading=loading, metadata=metadata)
+    return state
+
+
+def save_checkpoint(
+    run_dir: Path, model: Any, optimizer: Any, clock: tuple[int, int], layout: dict[str, Any], corpus: str
+) -> Path:
+    """Write a checkpoint beside the others, list and hash its files, then give it its name.
+
+    Args:
+        run_dir: directory of the run.
+        model: bare model of this rank.
+        optimizer: megatron-core optimizer.
+        clock: tokens consumed and steps taken.
+        layout: sizes of the layout, for the manifest.
+        corpus: fingerprint of the corpus.
+
+    Returns:
+        The checkpoint's directory, `checkpoints/TOKENS`.
+
+    Raises:
+        UserError: the disk is full; nothing of the checkpoint is left.
+    """
+    from megatron.core import dist_checkpointing
+
+    tokens, step = clock
+    final = checkpoints_directory(run_dir) / str(tokens)
+    writing = final.with_name(f".writing-{tokens}")
+    with _collective(lambda: _remove(writing)):
+        _on_first_rank(lambda: _fresh(writing))
+    with _collective(lambda: _remove(writing)):
+        dist_checkpointing.save(sharded_state(model, optimizer, loading=False), str(writing))
+    with _collective(lambda: _remove(writing)):
+        entries = _hash_shared(writing)
+        if dist.get_rank() == 0:
+            versions = {name: version(name) for name in VERSIONS}
+            Manifest(tokens, step, layout, versions, corpus, entries).write(writing)
+            _sync(writing)
+            _remove(final)
+            writing.rename(final)
+            _sync(final.parent)
+    return final
+
+
+def load_newest(run_dir: Path, model: Any, optimizer: Any) -> Manifest | None:
+    """Load the newest checkpoint whose content is what its manifest says; None where there is none.
+
+    A damaged one is named in the log and the one before is taken.
+    """
+    for path in whole_checkpoints(run_dir):
+        manifest = read_manifest(path)
+        if manifest is None:
+            continue
+        damaged = _damaged(path, manifest)
+        if damaged:
+            log.warning("%s: damaged (%s); trying the checkpoint before it", path, ", ".join(damaged))
+            continue
+        load_checkpoint(path, model, optimizer)
+        return manifest
+    return None
+
+
+def load_checkpoint(path: Path, model: Any, optimizer: Any) -> None:
+    """Load one checkpoint into the model and, if given, the optimizer."""
+    from megatron.core import dist_checkpointing
+
+    loaded = dist_checkpointing.load(sharded_state(model, optimizer, loading=True), str(path))
+    model.load_state_dict(loaded["model"])
+    if optimizer is not None:
+        optimizer.load_state_dict(loaded["optimizer"])
+
+
+def retain(run_dir: Path, keep: int) -> None:
+    """Remove all but the newest `keep` whole checkpoints, and what interrupted writers left; first rank only."""
+    directory = checkpoints_directory(run_dir)
+    for path in whole_checkpoints(run_dir)[keep:]:
+        # Renamed first: a half-removed checkpoint must not look whole.
+        path.rename(doomed := path.with_name(f".removing-{path.name}"))
+        _remove(doomed)
+    for path in [*directory.glob(".removing-*"), *directory.glob(".writing-*")]:
+        _remove(path)
+
+
+@contextmanager
+def _collective(clean_up: Callable[[], None]) -> Iterator[None]:
+    """Work that every rank must finish: if one fails, all raise, and the first rank cleans up."""
+    failure: BaseException | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    text = "" if failure is None else f"{type(failure).__name__}: {failure}"
+    texts: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(texts, text)
+    found = [part for part in texts if part]
+    if not found:
+        return
+    if dist.get_rank() == 0:
+        clean_up()
+    full = os.strerror(errno.ENOSPC)
+    if any(full in part or "file write failed" in part for part in found):
+        raise UserError("run.dir: the disk is full, the checkpoint was not written; free space and run again") from failure
+    raise failure or RuntimeError(f"another rank failed to write a checkpoint: {found[0]}")
+
+
+def _on_first_rank(work: Callable[[], None]) -> None:
+    if dist.get_rank() == 0:
+        work()
+    dist.barrier()
+
+
+def _fresh(directory: Path) -> None:
+    _remove(directory)
+    directory.mkdir(parents=True)
+
+
+def _remove(directory: Path) -> None:
+    if directory.exists():
+        shutil.rmtree(directory)
+
+
+def _share(names: list[str]) -> list[str]:
+    """This rank's part of the files to hash."""
+    return sorted(names)[dist.get_rank() :: dist.get_world_size()]
+
+
+def _hash_shared(directory: Path) -> dict[str, FileEntry]:
+    names = [str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()]
+    parts: list[dict[str, FileEntry]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(parts, file_entries(directory, _share(names)))
+    return {name: entry for part in parts for name, entry in part.items()}
+
+
+def _damaged(directory: Path, manifest: Manifest) -> list[str]:
+    parts: list[list[str]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(parts, damaged_files(directory, _share(list(manifest.files)), manifest))
+    return [name for part in parts for name in part]
+
+
+def _sync(directory: Path) -> None:
+    """Make the directory's entries durable before the next rename depends on them."""
+    manifest = directory / MANIFEST
+    for path in (manifest, directory) if manifest.exists() else (directory,):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+

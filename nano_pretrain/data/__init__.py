@@ -1,0 +1,1 @@
+"""Tokenised shards and the order in which a run reads them."""

@@ -1,0 +1,72 @@
+"""Micro-batches of a step, read from the memory-mapped shards in the curriculum's order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nano_pretrain.data.curriculum import Curriculum
+from nano_pretrain.data.shards import Corpus
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Inputs of one forward pass.
+
+    Args:
+        tokens: inputs [batch, length], int64.
+        labels: the tokens that follow [batch, length], int64.
+        documents: document of each input [batch, length], int32, or None where documents are ignored.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    documents: Tensor | None
+
+
+class BatchReader:
+    """Reads this data-parallel rank's samples of any step.
+
+    Sample m D + r of a step's micro-batches goes to rank r of D, so that the samples of a step do not depend on D.
+
+    Args:
+        corpus: the shards.
+        curriculum: the order.
+        place: rank and size of the data-parallel group.
+        reset_documents: whether batches carry document indices.
+        device: where batches go.
+    """
+
+    def __init__(
+        self, corpus: Corpus, curriculum: Curriculum, place: tuple[int, int], reset_documents: bool, device: torch.device
+    ) -> None:
+        self.corpus = corpus
+        self.curriculum = curriculum
+        self.rank, self.size = place
+        self.reset_documents = reset_documents
+        self.device = device
+
+    def micro_batches(self, consumed: int) -> Iterator[MicroBatch]:
+        """The micro-batches of the step that starts after `consumed` tokens."""
+        stage = self.curriculum.stage_at(consumed)
+        width = stage.micro_batch_size
+        for start in range(self.rank * width, stage.global_batch_size, self.size * width):
+            addresses = self.curriculum.samples(consumed, range(start, start + width))
+            length = stage.sequence_length
+            rows = [self.corpus.train[a.source].read(a.index * length, length + 1) for a in addresses]
+            yield batch_of(np.stack(rows), self.corpus.eod_id if self.reset_documents else None, self.device)
+
+
+def batch_of(rows: np.ndarray[tuple[int, int], np.dtype[np.int64]], eod_id: int | None, device: torch.device) -> MicroBatch:
+    """A micro-batch from rows of length + 1 tokens; a document ends with `eod_id` where one is given."""
+    samples = torch.from_numpy(rows)
+    tokens, labels = samples[:, :-1].contiguous(), samples[:, 1:].contiguous()
+    documents = None
+    if eod_id is not None:
+        ended = torch.nn.functional.pad(tokens[:, :-1] == eod_id, (1, 0))
+        documents = ended.cumsum(1, dtype=torch.int32).to(device)
+    return MicroBatch(tokens.to(device), labels.to(device), documents)

@@ -1,0 +1,95 @@
+"""Reading the phases of a stage from the recipe: their lengths and their weights, exact and checked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from fractions import Fraction
+
+from nano_pretrain.recipe.errors import RecipeError
+from nano_pretrain.recipe.schema import PhaseConfig, StageConfig
+
+_ROUNDING = Fraction(1, 10**9)
+"""Shares written with nine digits or more may miss 1 by this much; they are then scaled to it."""
+
+
+def exact(value: float) -> Fraction:
+    """The number as it is written in decimal: 0.1 is one tenth, not the nearest binary fraction."""
+    return Fraction(str(value))
+
+
+def require_positive(field: str, value: int) -> None:
+    """Check a whole number that has to be at least 1.
+
+    Raises:
+        RecipeError: it is not.
+    """
+    if value < 1:
+        raise RecipeError(field, f"is {value}", "write a number of at least 1")
+
+
+def phase_lengths(field: str, stage: StageConfig) -> dict[str, Fraction]:
+    """Tokens of each phase, in order; their sum is the stage's tokens exactly.
+
+    Args:
+        field: dotted name of the stage.
+        stage: its phases give a share or tokens each; both ways may be mixed.
+
+    Raises:
+        RecipeError: there are no phases, one has both or neither, or they do not add up.
+    """
+    if not stage.phases:
+        raise RecipeError(f"{field}.phases", "is empty", "name at least one phase")
+    lengths = {
+        name: _phase_length(f"{field}.phases.{name}", phase, stage.tokens) for name, phase in stage.phases.items()
+    }
+    total = sum(lengths.values(), Fraction(0))
+    if abs(total - stage.tokens) > _ROUNDING * stage.tokens:
+        raise RecipeError(f"{field}.phases", *_sum_problem(stage, total))
+    return {name: length * stage.tokens / total for name, length in lengths.items()}
+
+
+def _phase_length(field: str, phase: PhaseConfig, stage_tokens: int) -> Fraction:
+    if (phase.share is None) == (phase.tokens is None):
+        both = "has neither share nor tokens" if phase.share is None else "has both share and tokens"
+        raise RecipeError(field, both, "give one of them")
+    if phase.tokens is not None:
+        require_positive(f"{field}.tokens", phase.tokens)
+        return Fraction(phase.tokens)
+    share = phase.share
+    if share is None or not (math.isfinite(share) and 0 < share <= 1):
+        raise RecipeError(f"{field}.share", f"is {share}", "write a fraction above 0 and up to 1")
+    return exact(share) * stage_tokens
+
+
+def _sum_problem(stage: StageConfig, total: Fraction) -> tuple[str, str]:
+    if all(phase.tokens is None for phase in stage.phases.values()):
+        return f"shares add up to {float(total / stage.tokens):.6g}", "make them add up to 1"
+    return f"lengths add up to {float(total):.0f} tokens", f"make them add up to the stage's {stage.tokens}"
+
+
+def phase_weights(field: str, blend: object, known: Collection[str]) -> dict[str, Fraction]:
+    """Weight of each source of a blend, exact; they need not add up to anything.
+
+    Args:
+        field: dotted name of the blend.
+        blend: mapping source -> weight.
+        known: names of the sources there are.
+
+    Raises:
+        RecipeError: it is no mapping, a source is unknown, a weight is negative or no finite number, or all are 0.
+    """
+    if not isinstance(blend, Mapping) or not blend:
+        raise RecipeError(field, f"is {blend!r}", "write a mapping source -> weight with at least one source")
+    weights = {str(source): _weight(f"{field}.{source}", source, weight, known) for source, weight in blend.items()}
+    if not any(weights.values()):
+        raise RecipeError(field, "all weights are 0", "give at least one source a positive weight")
+    return weights
+
+
+def _weight(field: str, source: object, weight: object, known: Collection[str]) -> Fraction:
+    if source not in known:
+        raise RecipeError(field, "unknown source", f"the known ones are {', '.join(sorted(known))}")
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight) or weight < 0:
+        raise RecipeError(field, f"weight is {weight!r}", "write a finite number that is not negative")
+    return exact(weight)

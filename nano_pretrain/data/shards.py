@@ -1,0 +1,215 @@
+"""Reading a prepared corpus: shards by memory map, sources as streams of tokens, the corpus from its manifest."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nano_pretrain.data.indexed_file import bin_path, read_index
+from nano_pretrain.recipe.errors import UserError
+
+MANIFEST_NAME = "manifest.json"
+TOKENIZER_NAME = "tokenizer.json"
+MANIFEST_FORMAT = 1
+
+
+class TokenShard:
+    """One `.bin`/`.idx` pair: the tokens of its documents, each closed by the end-of-document token, back to back.
+
+    Args:
+        prefix: path of the pair without its suffixes.
+
+    Attributes:
+        tokens: number of tokens, end-of-document tokens included.
+        documents: number of documents.
+
+    Raises:
+        UserError: a file of the pair is missing, truncated or not an index; the message names it.
+    """
+
+    def __init__(self, prefix: Path) -> None:
+        index = read_index(prefix)
+        self.tokens = index.tokens
+        self.documents = index.documents
+        self._path = bin_path(prefix)
+        self._dtype = index.dtype
+
+    @cached_property
+    def _memory(self) -> npt.NDArray[Any]:
+        # Mapped at the first read: a run opens hundreds of shards and may need few of them.
+        if self.tokens == 0:
+            return np.empty(0, self._dtype)
+        return np.memmap(self._path, self._dtype, mode="r", shape=(self.tokens,))
+
+    def read(self, start: int, length: int) -> npt.NDArray[np.int64]:
+        """Copy of the tokens [start, start + length) of the shard.
+
+        Raises:
+            ValueError: the range does not lie within the shard.
+        """
+        _check_range(start, length, self.tokens, str(self._path))
+        return self._memory[start : start + length].astype(np.int64)
+
+
+class TokenStream:
+    """The shards of one source and split, read as one stream.
+
+    Args:
+        name: name of the source.
+        shards: the shards in their order.
+        text_bytes: UTF-8 bytes of the documents' text, without end-of-document tokens.
+
+    Attributes:
+        name, tokens, documents: of the whole stream.
+        bytes: UTF-8 bytes of its text.
+    """
+
+    def __init__(self, name: str, shards: Sequence[TokenShard], text_bytes: int) -> None:
+        self.name = name
+        self.bytes = text_bytes
+        self.documents = sum(shard.documents for shard in shards)
+        self._shards = tuple(shards)
+        self._ends = list(itertools.accumulate(shard.tokens for shard in shards))
+        self.tokens = self._ends[-1] if self._ends else 0
+
+    def read(self, start: int, length: int) -> npt.NDArray[np.int64]:
+        """Copy of the tokens [start, start + length) of the stream; may cross shards.
+
+        Raises:
+            ValueError: the range does not lie within the stream.
+        """
+        _check_range(start, length, self.tokens, f"source {self.name}")
+        out = np.empty(length, np.int64)
+        filled = 0
+        number = bisect.bisect_right(self._ends, start)
+        while filled < length:
+            shard = self._shards[number]
+            offset = start + filled - (self._ends[number] - shard.tokens)
+            count = min(length - filled, shard.tokens - offset)
+            out[filled : filled + count] = shard.read(offset, count)
+            filled += count
+            number += 1
+        return out
+
+
+def _check_range(start: int, length: int, tokens: int, what: str) -> None:
+    if start < 0 or length < 0 or start + length > tokens:
+        raise ValueError(f"tokens [{start}, {start + length}) do not lie within {what} of {tokens} tokens")
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A prepared corpus.
+
+    Attributes:
+        path: its directory.
+        tokenizer_file: its `tokenizer.json`.
+        vocab_size: entries of the tokenizer.
+        eod_id: id of the token that ends each document.
+        fingerprint: SHA-256 over the hashes of all shards and of the tokenizer.
+        train, heldout: streams by source, in the order of their names.
+        categories: category of each source.
+    """
+
+    path: Path
+    tokenizer_file: Path
+    vocab_size: int
+    eod_id: int
+    fingerprint: str
+    train: Mapping[str, TokenStream]
+    heldout: Mapping[str, TokenStream]
+    categories: Mapping[str, str]
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of the corpus directory `path`.
+
+    Raises:
+        UserError: there is none, or it is not one of ours.
+    """
+    file = path / MANIFEST_NAME
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"data.path: {path} holds no prepared corpus; run `nano-pretrain prepare` first") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{file}: unreadable ({error}); remove {path} and run `nano-pretrain prepare` again") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != MANIFEST_FORMAT:
+        raise UserError(f"{file}: not a manifest of format {MANIFEST_FORMAT}; choose another data.path")
+    return manifest
+
+
+def open_corpus(path: Path) -> Corpus:
+    """Open a prepared corpus: reads the manifest and checks the size of every file; hashes nothing.
+
+    Raises:
+        UserError: there is no corpus, or a file is missing, truncated or not what the manifest says.
+    """
+    manifest = read_manifest(path)
+    try:
+        tokenizer = manifest["tokenizer"]
+        _check_size(path / TOKENIZER_NAME, tokenizer["bytes"])
+        return Corpus(
+            path=path,
+            tokenizer_file=path / TOKENIZER_NAME,
+            vocab_size=tokenizer["vocab_size"],
+            eod_id=tokenizer["eod_id"],
+            fingerprint=manifest["fingerprint"],
+            train=_open_streams(path, manifest["sources"], "train"),
+            heldout=_open_streams(path, manifest["sources"], "heldout"),
+            categories={name: source["category"] for name, source in sorted(manifest["sources"].items())},
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path / MANIFEST_NAME}: damaged ({error!r}); choose another data.path") from error
+
+
+def _check_size(file: Path, expected: int) -> None:
+    size = file.stat().st_size if file.is_file() else -1
+    if size != expected:
+        found = "missing" if size < 0 else f"{size} bytes, the manifest says {expected}"
+        raise UserError(f"{file}: {found}; remove {file.parent} and run `nano-pretrain prepare` again")
+
+
+def _open_streams(path: Path, sources: Mapping[str, Any], split: str) -> dict[str, TokenStream]:
+    return {name: _open_stream(path / split, name, source[split]) for name, source in sorted(sources.items())}
+
+
+def _open_stream(directory: Path, name: str, entry: Mapping[str, Any]) -> TokenStream:
+    shards = [_open_shard(directory / shard["name"], shard["tokens"]) for shard in entry["shards"]]
+    return TokenStream(name, shards, entry["bytes"])
+
+
+def _open_shard(prefix: Path, tokens: int) -> TokenShard:
+    shard = TokenShard(prefix)
+    if shard.tokens != tokens:
+        raise UserError(
+            f"{bin_path(prefix)}: {shard.tokens} tokens, the manifest says {tokens}; choose another data.path"
+        )
+    return shard
+
+
+def token_byte_lengths(tokenizer_file: Path) -> npt.NDArray[np.int64]:
+    """Bytes of text that each token id of a byte-level tokenizer stands for; 0 for special tokens.
+
+    A byte-level vocabulary spells every byte as one character, so a token's length in characters is its length in
+    bytes (Radford et al. 2019, section 2.2).
+
+    Returns:
+        int64 of shape (vocabulary size,).
+    """
+    content = json.loads(tokenizer_file.read_text(encoding="utf-8"))
+    special = {token["id"] for token in content["added_tokens"]}
+    ids: dict[str, int] = content["model"]["vocab"]
+    lengths = np.zeros(max([*ids.values(), *special]) + 1, np.int64)
+    for token, number in ids.items():
+        lengths[number] = 0 if number in special else len(token)
+    return lengths

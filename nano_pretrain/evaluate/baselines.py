@@ -1,0 +1,68 @@
+"""Bigram and trigram models of the very tokens a run consumed, on the very held-out text it is measured on."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nano_pretrain.data.curriculum import Curriculum
+from nano_pretrain.data.shards import Corpus
+from nano_pretrain.evaluate.heldout import HeldOut
+from nano_pretrain.evaluate.ngram import NgramModel
+
+MAX_TOKENS = 50_000_000
+"""Counting more than this in memory takes minutes; longer runs have no use for a trigram."""
+
+
+def ngram_baselines(corpus: Corpus, curriculum: Curriculum, heldout: HeldOut) -> dict[str, Any]:
+    """Bits per byte of interpolated Kneser-Ney models of order 2 and 3, per source and for the blend.
+
+    Text that the run read more than once is counted once. Each n-gram model sees what the network sees: the samples of
+    training, and each held-out sample from its first token on.
+
+    Returns:
+        {"train_tokens", "bigram": {"sources", "blend"}, "trigram": ..., "note"}.
+    """
+    rows = _consumed_samples(corpus, curriculum)
+    starts = np.arange(len(rows)) * rows.shape[1]
+    tokens = rows.reshape(-1)
+    result: dict[str, Any] = {
+        "train_tokens": int(tokens.size),
+        "note": "interpolated modified Kneser-Ney, trained once on every sample the run consumed",
+    }
+    for name, order in (("bigram", 2), ("trigram", 3)):
+        model = NgramModel(tokens, starts, corpus.vocab_size, order)
+        result[name] = _bits_per_byte(model, heldout)
+    return result
+
+
+def _consumed_samples(corpus: Corpus, curriculum: Curriculum) -> npt.NDArray[np.int64]:
+    """Every distinct sample of the run [samples, length + 1], of the last stage's length."""
+    length = curriculum.stages[-1].sequence_length
+    seen: dict[tuple[str, int], npt.NDArray[np.int64]] = {}
+    for stage in curriculum.stages:
+        for tokens in range(stage.start_tokens, stage.end_tokens, stage.tokens_per_step):
+            for address in curriculum.samples(tokens, range(stage.global_batch_size)):
+                key = (address.source, address.start)
+                if key not in seen and stage.sequence_length == length:
+                    seen[key] = corpus.train[address.source].read(address.start, length + 1)
+    return np.stack(list(seen.values()))
+
+
+def _bits_per_byte(model: NgramModel, heldout: HeldOut) -> dict[str, Any]:
+    length = heldout.shape[0]
+    nats = np.zeros(len(heldout.sources))
+    tokens, sizes = np.zeros_like(nats), np.zeros_like(nats)
+    byte_lengths = heldout.bytes_of.cpu().numpy()
+    for sample in heldout.samples:
+        row = heldout.streams[sample.source].read(sample.start, length + 1)
+        nats[sample.source] += model.nats(row, np.zeros(1, dtype=np.int64))[1:].sum()
+        tokens[sample.source] += length
+        sizes[sample.source] += byte_lengths[row[1:]].sum()
+    weights = np.array([heldout.weights[name] for name in heldout.sources])
+    blend = (weights * nats / tokens).sum() / (weights * sizes / tokens).sum() / math.log(2)
+    per_source = nats / sizes / math.log(2)
+    return {"sources": dict(zip(heldout.sources, per_source.tolist(), strict=True)), "blend": float(blend)}

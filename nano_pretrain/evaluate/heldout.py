@@ -1,0 +1,112 @@
+"""Loss on held-out text, per source and for the blend."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nano_pretrain.data.loader import MicroBatch, batch_of
+from nano_pretrain.data.shards import Corpus, TokenStream, token_byte_lengths
+from nano_pretrain.parallel.groups import data_parallel_place, reports_loss
+
+
+@dataclass(frozen=True)
+class _Sample:
+    source: int
+    start: int
+
+
+class HeldOut:
+    """The same held-out samples at every evaluation: the first of each source's held-out stream.
+
+    Args:
+        corpus: the shards.
+        weights: share of each source in the blend, for its mean.
+        sequence_length: tokens of a sample.
+        micro_batch_size: samples of a forward pass.
+        tokens_per_source: tokens read of each source, at most.
+        reset_documents: as in training.
+        device: where batches go.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        weights: Mapping[str, float],
+        sequence_length: int,
+        micro_batch_size: int,
+        tokens_per_source: int,
+        reset_documents: bool,
+        device: torch.device,
+    ) -> None:
+        self.weights = weights
+        self.sources = [name for name in sorted(weights) if corpus.heldout[name].tokens > sequence_length]
+        self.streams: list[TokenStream] = [corpus.heldout[name] for name in self.sources]
+        self.shape = (sequence_length, micro_batch_size)
+        self.eod_id = corpus.eod_id if reset_documents else None
+        self.device = device
+        self.bytes_of = torch.from_numpy(token_byte_lengths(corpus.tokenizer_file)).to(device)
+        self.samples = [
+            _Sample(number, start)
+            for number, stream in enumerate(self.streams)
+            for start in range(0, min(tokens_per_source, stream.tokens - 1) - sequence_length + 1, sequence_length)
+        ]
+
+    def evaluate(self, run: Callable[..., list[Any]]) -> dict[str, Any]:
+        """Nats per token and bits per byte of each source and of the blend.
+
+        Args:
+            run: `Trainable.run` of a model in evaluation mode.
+
+        Returns:
+            {"sources": {name: {loss, bits_per_byte, tokens, bytes}}, "blend": {loss, bits_per_byte}}.
+        """
+        rank, size = data_parallel_place()
+        mine = self.samples[rank::size]
+        width = self.shape[1]
+        sums = torch.zeros(len(self.sources), 3, dtype=torch.float64, device=self.device)
+        groups = [mine[start : start + width] for start in range(0, len(mine), width)]
+        with torch.no_grad():
+            reports = run(self._batches(groups), len(groups), self.shape, True, self._score) if groups else []
+        if reports_loss():
+            for group, report in zip(groups, reports, strict=True):
+                for sample, row in zip(group, report, strict=False):
+                    sums[sample.source] += row
+        dist.all_reduce(sums)
+        return self._summary(sums)
+
+    def _batches(self, groups: list[list[_Sample]]) -> Iterator[MicroBatch]:
+        length, width = self.shape
+        for group in groups:
+            # Filled up with copies of the last sample: pipeline stages exchange tensors of one shape. Not counted.
+            filled = group + [group[-1]] * (width - len(group))
+            rows = [self.streams[s.source].read(s.start, length + 1) for s in filled]
+            yield batch_of(np.stack(rows), self.eod_id, self.device)
+
+    def _score(self, batch: MicroBatch, losses: Tensor) -> Tensor:
+        """Nats, tokens and bytes of each row [batch, 3]."""
+        nats = losses.double().sum(1)
+        tokens = torch.full_like(nats, losses.shape[1])
+        return torch.stack([nats, tokens, self.bytes_of[batch.labels].sum(1).double()], 1)
+
+    def _summary(self, sums: Tensor) -> dict[str, Any]:
+        sources: dict[str, dict[str, float]] = {}
+        for name, (nats, tokens, size) in zip(self.sources, sums.tolist(), strict=True):
+            sources[name] = {
+                "loss": nats / tokens,
+                "bits_per_byte": nats / math.log(2) / size,
+                "tokens": int(tokens),
+                "bytes": int(size),
+            }
+        total = sum(self.weights[name] for name in sources)
+        shares = {name: self.weights[name] / total for name in sources}
+        loss = sum(share * sources[name]["loss"] for name, share in shares.items())
+        size = sum(share * sources[name]["bytes"] / sources[name]["tokens"] for name, share in shares.items())
+        return {"sources": sources, "blend": {"loss": loss, "bits_per_byte": loss / math.log(2) / size}}

@@ -1,0 +1,1 @@
+"""Starting the ranks of a run; imports torch only when it starts something."""

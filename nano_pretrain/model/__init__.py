@@ -1,0 +1,1 @@
+"""The hybrid model on megatron-core: configuration, layer specs, initialisation, construction."""

@@ -1,0 +1,1 @@
+"""What a recipe costs: parameters and FLOPs, from arithmetic alone. Imports no torch."""

@@ -1,0 +1,40 @@
+"""Dependencies that fail late or silently when they are absent, checked before anything starts; imports no torch."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from nano_pretrain.recipe.errors import RecipeError, UserError
+from nano_pretrain.recipe.pattern import count_layers
+from nano_pretrain.recipe.schema import Recipe
+
+UNDECLARED = {
+    "psutil": "megatron-core's checkpoint writer waits for ever without it",
+    "triton": "megatron-core's Mamba mixer imports it",
+    "einops": "megatron-core's Mamba mixer imports it",
+}
+"""Packages that megatron-core needs and does not declare."""
+
+
+def check_dependencies(recipe: Recipe) -> None:
+    """Refuse what this machine cannot run.
+
+    Raises:
+        UserError: a package is missing.
+        RecipeError: the recipe asks for what the CPU path does not do.
+    """
+    for package, reason in UNDECLARED.items():
+        if find_spec(package) is None:
+            raise UserError(f"{package}: not installed, and {reason}; pip install {package}")
+    if _has_nvidia_driver():
+        return
+    if recipe.precision.name.startswith("fp8"):
+        raise RecipeError("precision.name", f"{recipe.precision.name} is not available on a CPU in this version", "write precision=bf16")
+    layouts = [recipe.parallel, *(stage.parallel for stage in recipe.stages.values() if stage.parallel)]
+    if count_layers(recipe.model.pattern).attention and any(layout.context > 1 for layout in layouts):
+        raise RecipeError("parallel.context", "attention under context parallelism is not available on a CPU in this version", "write parallel.context=1")
+
+
+def _has_nvidia_driver() -> bool:
+    return Path("/proc/driver/nvidia/version").exists()

@@ -1,0 +1,1 @@
+"""From pinned packages to tokenised shards: fetch, extract, clean, select, tokenise, write."""

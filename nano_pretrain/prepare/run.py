@@ -1,0 +1,160 @@
+"""`nano-pretrain prepare`: the corpus of a recipe, from packages to shards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from tokenizers import Tokenizer
+
+from nano_pretrain.data.indexed_file import WrittenPair
+from nano_pretrain.data.shards import TOKENIZER_NAME
+from nano_pretrain.prepare.corpus_file import (
+    CorpusFile,
+    Package,
+    data_blend_directory,
+    load_corpus_file,
+    load_package_file,
+)
+from nano_pretrain.prepare.encode import write_shards
+from nano_pretrain.prepare.extract import check_extractor, extract
+from nano_pretrain.prepare.fetch import fetch
+from nano_pretrain.prepare.manifest import build_manifest, is_prepared, settings, source_entry, write_manifest
+from nano_pretrain.prepare.report import REPORT_NAME, report_text, summary_table
+from nano_pretrain.prepare.select import Selection, drop_near_duplicates, select
+from nano_pretrain.prepare.tekken import TEKKEN_VOCAB_SIZE, load_tekken
+from nano_pretrain.prepare.tokenizer import train_bpe
+from nano_pretrain.prepare.workspace import workspace
+from nano_pretrain.recipe.errors import RecipeError
+from nano_pretrain.recipe.schema import Recipe
+
+TEKKEN_FILE = "tokenizers/tekken.yaml"
+
+
+def prepare(recipe: Recipe) -> None:
+    """Make `recipe.data.path` hold the recipe's corpus as tokenised shards; do nothing if it already does.
+
+    Raises:
+        UserError: a setting is wrong, a package cannot be had, `data.path` holds something else, or the disk is full.
+    """
+    console = Console()
+    _check(recipe)
+    corpus = load_corpus_file(recipe.data.corpus)
+    for source in corpus.sources:
+        check_extractor(source)
+    wanted = settings(recipe, corpus)
+    target = Path(recipe.data.path)
+    if is_prepared(target, wanted):
+        console.print(f"{target}: already prepared and whole, nothing to do")
+        return
+    if recipe.dry_run:
+        console.print(
+            f"{target}: would be prepared from {len(corpus.sources)} sources in {len(corpus.packages)} packages"
+        )
+        return
+    with workspace(target) as directory, _progress(console) as progress:
+        manifest = _Builder(recipe, corpus, directory, progress).build(wanted)
+    console.print(summary_table(manifest))
+    console.print(f"{target}: prepared; the details are in {target / REPORT_NAME}")
+
+
+def _check(recipe: Recipe) -> None:
+    data = recipe.data
+    if data.tokenizer.kind not in {"bpe", "tekken"}:
+        raise RecipeError("data.tokenizer.kind", f"there is no {data.tokenizer.kind!r}", "use bpe or tekken")
+    if data.tokenizer.kind == "tekken" and recipe.model.vocab_size != TEKKEN_VOCAB_SIZE:
+        raise RecipeError("model.vocab_size", f"Tekken has {TEKKEN_VOCAB_SIZE} entries", f"write {TEKKEN_VOCAB_SIZE}")
+    if data.tokenizer.train_bytes <= 0:
+        raise RecipeError(
+            "data.tokenizer.train_bytes", f"{data.tokenizer.train_bytes} is no text", "use a positive number"
+        )
+    if not 0 < data.heldout_share <= 0.5:
+        raise RecipeError("data.heldout_share", f"{data.heldout_share} is out of range", "use a number in (0, 0.5]")
+    if data.max_bytes_per_source is not None and data.max_bytes_per_source <= 0:
+        raise RecipeError("data.max_bytes_per_source", "must be positive", "use null to keep all")
+
+
+def _progress(console: Console) -> Progress:
+    columns = (TextColumn("{task.description:<28}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console)
+
+
+class _Builder:
+    """One preparation: the stages in order, each with its progress bar."""
+
+    def __init__(self, recipe: Recipe, corpus: CorpusFile, directory: Path, progress: Progress) -> None:
+        self._recipe = recipe
+        self._corpus = corpus
+        self._directory = directory
+        self._progress = progress
+
+    def build(self, wanted: Mapping[str, Any]) -> dict[str, Any]:
+        """Fill the directory; returns the manifest it has written last."""
+        wheels = self._fetch()
+        selections = self._select(wheels)
+        tokenizer = self._tokenizer(selections, wheels)
+        tokenizer_file = self._directory / TOKENIZER_NAME
+        tokenizer_file.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+        sources = self._encode(tokenizer, selections)
+        manifest = build_manifest(wanted, self._corpus, tokenizer_file, tokenizer.get_vocab_size(), sources)
+        (self._directory / REPORT_NAME).write_text(report_text(manifest), encoding="utf-8")
+        write_manifest(self._directory, manifest)
+        return manifest
+
+    def _packages(self) -> Iterable[Package]:
+        used = {source.package for source in self._corpus.sources}
+        packages = [package for name, package in self._corpus.packages.items() if name in used]
+        if self._recipe.data.tokenizer.kind == "tekken":
+            packages.append(load_package_file(data_blend_directory() / TEKKEN_FILE))
+        return packages
+
+    def _fetch(self) -> dict[str, Path]:
+        packages = list(self._packages())
+        task = self._progress.add_task("fetching packages", total=len(packages))
+        cache = Path(self._recipe.data.cache_dir)
+        return fetch(packages, cache, lambda _: self._progress.advance(task))
+
+    def _select(self, wheels: Mapping[str, Path]) -> dict[str, Selection]:
+        data = self._recipe.data
+        task = self._progress.add_task("reading and filtering", total=len(self._corpus.sources) + 1)
+        seen: set[bytes] = set()
+        selections: dict[str, Selection] = {}
+        for source in self._corpus.sources:
+            texts = extract(source, wheels[source.package])
+            selections[source.name] = select(texts, seen, data.heldout_share, data.max_bytes_per_source)
+            self._progress.advance(task)
+        drop_near_duplicates(selections.values())
+        self._progress.advance(task)
+        return selections
+
+    def _tokenizer(self, selections: Mapping[str, Selection], wheels: Mapping[str, Path]) -> Tokenizer:
+        data = self._recipe.data
+        task = self._progress.add_task("making the tokenizer", total=1)
+        if data.tokenizer.kind == "tekken":
+            tokenizer = load_tekken(wheels["mistral-common"])
+        else:
+            training = {name: selection.train for name, selection in selections.items()}
+            tokenizer = train_bpe(training, self._recipe.model.vocab_size, data.tokenizer.train_bytes)
+        # Text that spells "</s>" is text: only the writer ends a document.
+        tokenizer.encode_special_tokens = True
+        self._progress.advance(task)
+        return tokenizer
+
+    def _encode(self, tokenizer: Tokenizer, selections: Mapping[str, Selection]) -> dict[str, Any]:
+        total = sum(d.bytes for s in selections.values() for d in [*s.train, *s.heldout])
+        task = self._progress.add_task("writing shards", total=total)
+        entries: dict[str, Any] = {}
+        for source in self._corpus.sources:
+            selection = selections[source.name]
+            written: dict[str, list[WrittenPair]] = {}
+            for split, documents in (("train", selection.train), ("heldout", selection.heldout)):
+                prefix = self._directory / split / source.name
+                prefix.parent.mkdir(exist_ok=True)
+                written[split] = write_shards(
+                    tokenizer, documents, prefix, done=lambda size: self._progress.advance(task, size)
+                )
+            entries[source.name] = source_entry(source, selection, written)
+        return entries

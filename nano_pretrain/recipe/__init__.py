@@ -1,0 +1,1 @@
+"""The recipe: typed schema, loading, cross-field rules and derived numbers. Imports no torch."""

@@ -1,0 +1,99 @@
+"""From the composed configuration to a checked, typed recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+
+from nano_pretrain.recipe.errors import RecipeError, UserError
+from nano_pretrain.recipe.rules import check
+from nano_pretrain.recipe.schema import Recipe, Resume
+
+
+def tree(name: str) -> Path:
+    """The directory `recipes` or `data_blend`: of the checkout, or packed into an installed wheel."""
+    package = Path(__file__).resolve().parent.parent
+    packed = package / f"_{name}"
+    return packed if packed.is_dir() else package.parent / name
+
+
+def typed_recipe(config: DictConfig) -> Recipe:
+    """A checked recipe from Hydra's composition.
+
+    Raises:
+        RecipeError: a value is missing or breaks a rule.
+    """
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise RecipeError(missing[0], "has no value", f"write {missing[0]}=VALUE or choose a recipe that sets it")
+    recipe = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), config))
+    assert isinstance(recipe, Recipe)
+    for name, stage in recipe.stages.items():
+        for phase_name, phase in stage.phases.items():
+            phase.blend = _blend(f"stages.{name}.phases.{phase_name}.blend", phase.blend)
+    check(recipe)
+    return recipe
+
+
+def _blend(field: str, blend: Any) -> dict[str, float]:
+    """A mapping as it is, a name as the file it stands for."""
+    if isinstance(blend, str):
+        directory = tree("data_blend") / "blends"
+        known = sorted(path.stem for path in directory.glob("*.yaml"))
+        if blend not in known:
+            raise RecipeError(field, f"no blend {blend!r}", f"choose one of {', '.join(known)} or write a mapping")
+        blend = yaml.safe_load((directory / f"{blend}.yaml").read_text())
+    if not isinstance(blend, dict) or not blend:
+        raise RecipeError(field, f"{blend!r} is not a mapping", "write {source: weight, ...} or the name of a blend")
+    for source, weight in blend.items():
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+            raise RecipeError(f"{field}.{source}", f"weight {weight!r} is not a number", "write a number >= 0")
+    return {str(source): float(weight) for source, weight in blend.items()}
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The resolved recipe as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.structured(recipe))
+
+
+def check_same_run(recipe: Recipe, run_dir: Path) -> None:
+    """Refuse to go on in `run_dir` with a recipe that would learn something else.
+
+    Raises:
+        UserError: a field that is not free on resume differs from the recorded recipe.
+    """
+    path = run_dir / "recipe.yaml"
+    if not path.exists():
+        return
+    try:
+        old = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: is not YAML any more ({error.__class__.__name__}); restore it or choose another run.name") from error
+    for field, new_value, old_value in _differences(recipe, old, ""):
+        raise UserError(
+            f"{field}: {new_value!r} differs from {old_value!r} of the run in {run_dir}; "
+            f"choose another run.name, or write {field}={old_value} to continue that run"
+        )
+
+
+def _differences(new: Any, old: Any, prefix: str) -> Iterator[tuple[str, Any, Any]]:
+    """Fields that are not free and differ, depth first, in the schema's order."""
+    for item in fields(new):
+        name, value = prefix + item.name, getattr(new, item.name)
+        before = old.get(item.name) if isinstance(old, dict) else None
+        if is_dataclass(value):
+            if item.metadata["resume"] == Resume.FREE and isinstance(before, dict):
+                yield from _differences(value, before, f"{name}.")
+        elif isinstance(value, dict) and all(is_dataclass(v) for v in value.values()):
+            if list(value) != list(before or {}):
+                yield name, list(value), list(before or {})
+            else:
+                for key in value:
+                    yield from _differences(value[key], before[key] if before else {}, f"{name}.{key}.")
+        elif item.metadata["resume"] != Resume.FREE and value != before:
+            yield name, value, before

@@ -1,0 +1,185 @@
+"""Cross-field rules; each is a small function whose message names the field and the fix."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from nano_pretrain.recipe.derived import stage_layout, stage_ranks
+from nano_pretrain.recipe.errors import RecipeError
+from nano_pretrain.recipe.pattern import count_layers
+from nano_pretrain.recipe.schema import ModelConfig, ParallelConfig, Recipe, StageConfig
+
+POSITIVE = frozenset(
+    """hidden_size ffn_hidden_size num_attention_heads num_query_groups head_dim mamba_num_heads mamba_head_dim
+    mamba_num_groups mamba_state_dim mamba_conv_width norm_epsilon init_std tensor pipeline context eps clip_grad lr
+    tokens sequence_length micro_batch_size global_batch_size gpus train_bytes max_bytes_per_source max_epochs
+    quota_window tokens_per_source keep timeout_seconds threads_per_rank peak_tflops max_new_tokens
+    grace_seconds share""".split()
+)
+NOT_NEGATIVE = frozenset(
+    "bf16_first_linears bf16_last_linears weight_decay min_lr warmup_tokens decay_tokens every temperature".split()
+)
+CHOICES = {
+    "precision.name": ("fp32", "bf16", "fp8_blockwise", "fp8_current_scaling"),
+    "data.document_boundaries": ("ignore", "reset"),
+    "data.tokenizer.kind": ("bpe", "tekken"),
+    "log.wandb": ("offline", "online", "disabled"),
+    "launch.kind": ("local",),
+}
+
+
+def check(recipe: Recipe) -> None:
+    """Apply every rule that needs nothing but the recipe.
+
+    Raises:
+        RecipeError: the first rule that is broken.
+    """
+    for name, value in _leaves(recipe, ""):
+        _check_number(name, value)
+        _check_choice(name, value)
+    for rule in RULES:
+        rule(recipe)
+
+
+def _leaves(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    """Dotted name and value of each plain field."""
+    for item in fields(node):
+        value, name = getattr(node, item.name), prefix + item.name
+        if is_dataclass(value):
+            yield from _leaves(value, f"{name}.")
+        elif isinstance(value, dict) and all(is_dataclass(v) for v in value.values()):
+            for key, part in value.items():
+                yield from _leaves(part, f"{name}.{key}.")
+        else:
+            yield name, value
+
+
+def _check_number(name: str, value: Any) -> None:
+    last = name.rpartition(".")[2]
+    if value is None or isinstance(value, bool) or not isinstance(value, (int, float)):
+        return
+    if value != value or value in (float("inf"), float("-inf")):
+        raise RecipeError(name, f"{value} is not a finite number", "write a number")
+    if last in POSITIVE and value <= 0:
+        raise RecipeError(name, f"{value} is not positive", "write a number above 0")
+    if last in NOT_NEGATIVE and value < 0:
+        raise RecipeError(name, f"{value} is negative", "write 0 or more")
+
+
+def _check_choice(name: str, value: Any) -> None:
+    choices = CHOICES.get(name)
+    if choices and value not in choices:
+        raise RecipeError(name, f"{value!r} is unknown", f"choose one of {', '.join(choices)}")
+
+
+def _divides(field: str, value: int, divisor: int, by: str) -> None:
+    if value % divisor:
+        lower, upper = value - value % divisor, value - value % divisor + divisor
+        near = f"{lower} or {upper}" if lower else f"{upper}"
+        raise RecipeError(field, f"{value} is not divisible by {by} = {divisor}", f"write {near}, or change {by}")
+
+
+def model_shapes(recipe: Recipe) -> None:
+    """The pattern's letters, heads against groups, a vocabulary that holds the special tokens."""
+    model = recipe.model
+    counts = count_layers(model.pattern)
+    if counts.attention:
+        _divides("model.num_attention_heads", model.num_attention_heads, model.num_query_groups, "model.num_query_groups")
+    if counts.mamba:
+        _divides("model.mamba_num_heads", model.mamba_num_heads, model.mamba_num_groups, "model.mamba_num_groups")
+    if model.vocab_size < 512:
+        raise RecipeError("model.vocab_size", f"{model.vocab_size} does not hold 256 bytes and the special tokens", "write 512 or more")
+    if recipe.data.tokenizer.kind == "tekken" and model.vocab_size != 131072:
+        raise RecipeError("model.vocab_size", f"Tekken has 131072 entries, not {model.vocab_size}", "write model.vocab_size=131072")
+
+
+def optimizer_ranges(recipe: Recipe) -> None:
+    """Decay of the moments in [0, 1); shares of documents in (0, 1)."""
+    for name in ("beta1", "beta2"):
+        value = getattr(recipe.optimizer, name)
+        if not 0 <= value < 1:
+            raise RecipeError(f"optimizer.{name}", f"{value} is outside [0, 1)", "write for example 0.9")
+    if not 0 < recipe.data.heldout_share < 0.5:
+        raise RecipeError("data.heldout_share", f"{recipe.data.heldout_share} is outside (0, 0.5)", "write for example 0.01")
+    if not 0 < recipe.generate.top_p <= 1:
+        raise RecipeError("generate.top_p", f"{recipe.generate.top_p} is outside (0, 1]", "write for example 0.95")
+
+
+def layouts(recipe: Recipe) -> None:
+    """Each stage's layout divides the model, the ranks and the batch."""
+    if not recipe.stages:
+        raise RecipeError("stages", "the recipe has no stage", "add stages.NAME.tokens and the rest, or choose a recipe")
+    for name, stage in recipe.stages.items():
+        prefix = f"stages.{name}.parallel" if stage.parallel else "parallel"
+        layout = stage_layout(recipe, stage)
+        _layout_fits_model(prefix, layout, recipe.model)
+        check_ranks(f"stages.{name}", prefix, stage, layout, stage_ranks(recipe, stage), "gpus")
+
+
+def _layout_fits_model(prefix: str, layout: ParallelConfig, model: ModelConfig) -> None:
+    counts = count_layers(model.pattern)
+    by = f"{prefix}.tensor"
+    if counts.attention:
+        _divides("model.num_attention_heads", model.num_attention_heads, layout.tensor, by)
+        _divides("model.num_query_groups", model.num_query_groups, layout.tensor, by)
+    if counts.mamba:
+        _divides("model.mamba_num_groups", model.mamba_num_groups, layout.tensor, by)
+        both = layout.tensor * layout.context
+        _divides("model.mamba_num_heads", model.mamba_num_heads, both, f"{prefix}.tensor x context")
+    if counts.feed_forward:
+        _divides("model.ffn_hidden_size", model.ffn_hidden_size, layout.tensor, by)
+    if 1024 % layout.tensor:
+        raise RecipeError(by, f"{layout.tensor} does not divide the padded vocabulary", "write a power of two")
+    # megatron-core 0.16 would silently drop the remainder.
+    _divides("model.pattern", len(model.pattern), layout.pipeline, f"{prefix}.pipeline")
+    if layout.sequence and layout.tensor == 1:
+        raise RecipeError(f"{prefix}.sequence", "sequence parallelism needs tensor parallelism", f"write {prefix}.sequence=false or {by}=2")
+
+
+def check_ranks(
+    field: str, prefix: str, stage: StageConfig, layout: ParallelConfig, ranks: int, source: str
+) -> int:
+    """Data-parallel size of a stage on `ranks` ranks.
+
+    Args:
+        field: dotted name of the stage.
+        prefix: dotted name of the layout.
+        stage: the stage.
+        layout: its layout.
+        ranks: number of ranks.
+        source: what says how many ranks there are, for the message.
+
+    Raises:
+        RecipeError: the layout does not divide the ranks, or the ranks do not divide the batch.
+    """
+    model_ranks = layout.tensor * layout.pipeline * layout.context
+    if ranks % model_ranks:
+        raise RecipeError(
+            prefix, f"tensor x pipeline x context = {model_ranks} does not divide the {ranks} ranks ({source})",
+            f"start a multiple of {model_ranks} ranks or shrink the layout",
+        )
+    data_parallel = ranks // model_ranks
+    together = data_parallel * stage.micro_batch_size
+    if stage.global_batch_size % together:
+        raise RecipeError(
+            f"{field}.global_batch_size",
+            f"{stage.global_batch_size} is not divisible by {data_parallel} data-parallel ranks x micro_batch_size {stage.micro_batch_size}",
+            f"write a multiple of {together}, or change micro_batch_size or the number of ranks",
+        )
+    shards = layout.tensor * (2 * layout.context if layout.context > 1 else 1)
+    _divides(f"{field}.sequence_length", stage.sequence_length, shards, f"{prefix} (sequence shards)")
+    return data_parallel
+
+
+def names(recipe: Recipe) -> None:
+    """The run's name is one directory name."""
+    name = recipe.run.name
+    if name is not None and not re.fullmatch(r"[A-Za-z0-9_=.,+-]{1,200}", name) or name in (".", ".."):
+        raise RecipeError("run.name", f"{name!r} is not a directory name", "use letters, digits and _ = . , + -")
+
+
+RULES: tuple[Callable[[Recipe], None], ...] = (model_shapes, optimizer_ranges, layouts, names)
+

@@ -1,0 +1,231 @@
+"""Every recipe field: its type, unit, default, one sentence, and what may happen to it on resume.
+
+The dataclasses are OmegaConf structured configs: Hydra checks the type of each value when it composes a recipe.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Optional
+
+MISSING: Any = "???"
+"""OmegaConf's mark of a value that the recipe must give."""
+
+
+class Resume(StrEnum):
+    """What a resumed run may do with a field."""
+
+    FREE = "free"
+    """May differ: it does not change what is learned."""
+    RECORDED = "recorded"
+    """May be changed only by naming it on the command line; written to recipe_history.jsonl."""
+    FIXED = "fixed"
+    """Must be equal."""
+
+
+def option(default: Any, doc: str, resume: Resume = Resume.FREE) -> Any:
+    """A dataclass field with its one-sentence documentation and its resume class."""
+    metadata = {"doc": doc, "resume": resume}
+    if isinstance(default, type) or callable(default):
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+FIXED, RECORDED = Resume.FIXED, Resume.RECORDED
+
+
+@dataclass
+class ModelConfig:
+    """The hybrid: one symbol of `pattern` a layer, M Mamba-2, - feed-forward, * attention."""
+
+    pattern: str = option(MISSING, "Layer pattern; its length is the number of layers.", FIXED)
+    hidden_size: int = option(MISSING, "Width of the residual stream.", FIXED)
+    ffn_hidden_size: int = option(MISSING, "Width of the squared-ReLU feed-forward layer.", FIXED)
+    num_attention_heads: int = option(MISSING, "Query heads of an attention layer.", FIXED)
+    num_query_groups: int = option(MISSING, "Key/value heads of an attention layer.", FIXED)
+    head_dim: int = option(MISSING, "Channels of one attention head.", FIXED)
+    mamba_num_heads: int = option(MISSING, "Heads of a Mamba-2 layer.", FIXED)
+    mamba_head_dim: int = option(MISSING, "Channels of one Mamba-2 head; d_inner = heads x head dim.", FIXED)
+    mamba_num_groups: int = option(MISSING, "Groups that share B and C, and groups of the gated norm.", FIXED)
+    mamba_state_dim: int = option(MISSING, "Size of the state of one Mamba-2 channel.", FIXED)
+    mamba_conv_width: int = option(4, "Width of the causal convolution, in tokens.", FIXED)
+    vocab_size: int = option(MISSING, "Entries of the tokenizer; padded to a multiple of 1,024.", FIXED)
+    norm_epsilon: float = option(1e-5, "Epsilon of every RMSNorm.", FIXED)
+    init_std: float = option(MISSING, "Std of the normal initialisation; residual outputs use it / sqrt(layers).", FIXED)
+
+
+@dataclass
+class ParallelConfig:
+    """Layout of the ranks; data parallelism is what is left of the world."""
+
+    tensor: int = option(1, "Tensor-parallel ranks.")
+    pipeline: int = option(1, "Pipeline stages.")
+    context: int = option(1, "Context-parallel ranks.")
+    sequence: bool = option(False, "Shard activations between tensor-parallel regions along the sequence.")
+    distributed_optimizer: bool = option(True, "Shard optimizer state over the data-parallel ranks (ZeRO-1).")
+
+
+@dataclass
+class PrecisionConfig:
+    """Number formats of the step."""
+
+    name: str = option("bf16", "fp32 | bf16 | fp8_blockwise | fp8_current_scaling.", FIXED)
+    bf16_first_linears: int = option(0, "Linears at the start of the model that stay BF16 under FP8.", FIXED)
+    bf16_last_linears: int = option(0, "Linears at the end of the model that stay BF16 under FP8.", FIXED)
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW with decoupled weight decay; one-dimensional parameters and biases are not decayed."""
+
+    beta1: float = option(0.9, "Decay of the first moment.", FIXED)
+    beta2: float = option(0.95, "Decay of the second moment.", FIXED)
+    eps: float = option(1e-8, "Added to the square root of the second moment.", FIXED)
+    weight_decay: float = option(0.1, "Decoupled weight decay, constant over the run.", FIXED)
+    clip_grad: float = option(1.0, "Global gradient norm above which gradients are scaled down.", FIXED)
+
+
+@dataclass
+class ScheduleConfig:
+    """Learning rate as a function of the tokens consumed since the stage began."""
+
+    kind: str = option("wsd", "wsd | cosine | constant.", RECORDED)
+    lr: float = option(MISSING, "Peak learning rate.", RECORDED)
+    min_lr: float = option(0.0, "Learning rate at the end of the stage.", RECORDED)
+    warmup_tokens: int = option(0, "Tokens of linear warm-up from zero.", RECORDED)
+    decay_tokens: int = option(0, "Tokens of the final decay of WSD.", RECORDED)
+    decay_shape: str = option("minus_sqrt", "Shape of the decay of WSD: linear | cosine | minus_sqrt.", RECORDED)
+
+
+@dataclass
+class PhaseConfig:
+    """One part of a stage with a blend of its own."""
+
+    share: Optional[float] = option(None, "Fraction of the stage's tokens.", RECORDED)
+    tokens: Optional[int] = option(None, "Tokens of the phase, instead of a share.", RECORDED)
+    blend: Any = option(MISSING, "Mapping source -> weight, or the name of a file in data_blend/blends/.", RECORDED)
+
+
+@dataclass
+class StageConfig:
+    """A span of tokens with one sequence length, batch and layout."""
+
+    tokens: int = option(MISSING, "Tokens of the stage.", RECORDED)
+    sequence_length: int = option(MISSING, "Tokens of a sample.", FIXED)
+    micro_batch_size: int = option(1, "Samples a rank holds in one forward pass.")
+    global_batch_size: int = option(MISSING, "Samples of an optimizer step over all ranks.", RECORDED)
+    schedule: ScheduleConfig = option(ScheduleConfig, "Learning-rate schedule.")
+    phases: dict[str, PhaseConfig] = option(dict, "Phases in order: name -> share or tokens, and blend.")
+    parallel: Optional[ParallelConfig] = option(None, "Layout of this stage; null means the recipe's `parallel`.")
+    gpus: Optional[int] = option(None, "Ranks of this stage; null means `cluster.gpus`.")
+
+
+@dataclass
+class TokenizerConfig:
+    """Where token ids come from."""
+
+    kind: str = option("bpe", "bpe: trained by `prepare` on the corpus | tekken: the 131,072-entry Tekken.", FIXED)
+    train_bytes: int = option(8_000_000, "Bytes of corpus text a bpe tokenizer is trained on.", FIXED)
+
+
+@dataclass
+class DataConfig:
+    """The corpus, where it lies, and how samples are cut from it."""
+
+    corpus: str = option(MISSING, "Name of a corpus file in data_blend/corpora/.", FIXED)
+    path: str = option(MISSING, "Directory of the prepared shards.")
+    cache_dir: str = option("data/packages", "Directory of the downloaded, hash-checked packages.")
+    tokenizer: TokenizerConfig = option(TokenizerConfig, "Tokenizer.")
+    max_bytes_per_source: Optional[int] = option(None, "Text kept of each source, in bytes; null keeps all.", FIXED)
+    heldout_share: float = option(0.01, "Share of the documents of a source that is held out, by document hash.", FIXED)
+    document_boundaries: str = option("ignore", "ignore: plain concatenation | reset: state and attention restart.", FIXED)
+    max_epochs: float = option(4.0, "How often a source may be read before the recipe is refused.")
+    quota_window: int = option(1024, "Samples after which every source has had exactly its share.", FIXED)
+    seed: int = option(1234, "Seed of the data order.", FIXED)
+
+
+@dataclass
+class ValidationConfig:
+    """Loss on held-out text."""
+
+    every: int = option(100, "Steps between two evaluations; 0 evaluates only at the end.")
+    tokens_per_source: int = option(16_384, "Held-out tokens read of each source.")
+    baselines: bool = option(False, "Train bigram and trigram models on the consumed tokens at the end, to compare with.")
+
+
+@dataclass
+class CheckpointConfig:
+    """When checkpoints are written and how many are kept."""
+
+    every: int = option(100, "Steps between two checkpoints; 0 writes only at the end.")
+    keep: int = option(2, "Newest checkpoints kept.")
+
+
+@dataclass
+class LogConfig:
+    """Where a run reports to; metrics.jsonl always has every step."""
+
+    every: int = option(1, "Steps between two updates of the progress bar, TensorBoard and wandb.")
+    tensorboard: bool = option(True, "Write TensorBoard events to logs/.")
+    wandb: str = option("offline", "offline | online | disabled; never asks for a login.")
+    wandb_project: str = option("nano_pretrain", "Project of the wandb run.")
+
+
+@dataclass
+class ClusterConfig:
+    """The machine."""
+
+    gpus: int = option(1, "Ranks: GPUs, or CPU processes where there is no GPU.")
+    peak_tflops: Optional[float] = option(None, "Dense peak of one rank in TFLOP/s; null measures (CPU) or looks up (GPU).")
+    threads_per_rank: Optional[int] = option(None, "CPU threads of a rank; null divides the machine's cores.")
+    timeout_seconds: int = option(600, "Longest wait of a rank for the others.")
+
+
+@dataclass
+class LaunchConfig:
+    """How `launch` starts the ranks."""
+
+    kind: str = option("local", "local: on this machine.")
+    grace_seconds: float = option(60.0, "Time for a checkpoint between a stop signal and the end of the ranks.")
+
+
+@dataclass
+class RunConfig:
+    """Identity of a run."""
+
+    name: Optional[str] = option(None, "Name of the run; null means the recipe's name, and the overrides under --multirun.")
+    dir: str = option("runs", "Directory that holds the runs.")
+    seed: int = option(1234, "Seed of the initial weights.", FIXED)
+
+
+@dataclass
+class GenerateConfig:
+    """Text generation."""
+
+    prompt: str = option("The", "Text to continue.")
+    max_new_tokens: int = option(100, "Tokens to add.")
+    temperature: float = option(0.8, "0 is greedy.")
+    top_p: float = option(0.95, "Smallest set of tokens with this probability is sampled from.")
+    seed: int = option(0, "Seed of the sampling.")
+    checkpoint: Optional[int] = option(None, "Consumed tokens of the checkpoint; null means the newest whole one.")
+
+
+@dataclass
+class Recipe:
+    """Everything a run depends on."""
+
+    model: ModelConfig = option(ModelConfig, "Architecture.")
+    parallel: ParallelConfig = option(ParallelConfig, "Layout.")
+    precision: PrecisionConfig = option(PrecisionConfig, "Number formats.")
+    optimizer: OptimizerConfig = option(OptimizerConfig, "AdamW.")
+    data: DataConfig = option(DataConfig, "Corpus.")
+    stages: dict[str, StageConfig] = option(dict, "Stages in order: name -> stage.")
+    validation: ValidationConfig = option(ValidationConfig, "Held-out loss.")
+    checkpoint: CheckpointConfig = option(CheckpointConfig, "Checkpoints.")
+    log: LogConfig = option(LogConfig, "Logging.")
+    cluster: ClusterConfig = option(ClusterConfig, "Machine.")
+    launch: LaunchConfig = option(LaunchConfig, "Launcher.")
+    run: RunConfig = option(RunConfig, "Identity.")
+    generate: GenerateConfig = option(GenerateConfig, "Generation.")
+    dry_run: bool = option(False, "Check everything, say what would happen, and stop.")

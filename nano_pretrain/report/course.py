@@ -1,0 +1,101 @@
+"""The course of a run over tokens: its phases, the blend and the marks of the learning rate, from recipe or metrics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from nano_pretrain.report.record import Record, mapping, number
+
+
+@dataclass(frozen=True)
+class Span:
+    """One phase: its tokens from `start` to `end`, and the share of each source, which add up to 1."""
+
+    stage: str
+    phase: str
+    start: float
+    end: float
+    shares: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A token count at which the learning rate turns."""
+
+    tokens: float
+    text: str
+
+
+def spans(record: Record) -> list[Span]:
+    """The phases as the recipe plans them or, without a readable recipe, as the steps recorded them."""
+    return _planned(record) or _recorded(record)
+
+
+def planned_tokens(record: Record) -> float:
+    """Tokens of the whole run; NaN when the recipe does not say."""
+    stages = mapping(record.recipe.get("stages"))
+    return sum(number(mapping(stage).get("tokens")) for stage in stages.values()) if stages else float("nan")
+
+
+def source_names(record: Record) -> list[str]:
+    """Every source that occurs anywhere, in order of the recipe, then of the ledger and of the evaluations."""
+    names = [name for span in spans(record) for name in span.shares]
+    names += mapping(record.ledger.get("sources"))
+    names += [name for evaluation in record.evaluations for name in evaluation.sources]
+    return list(dict.fromkeys(names))
+
+
+def schedule_marks(record: Record) -> list[Mark]:
+    """Where warm-up ends and decay begins, stage by stage."""
+    marks: list[Mark] = []
+    start = 0.0
+    for stage in map(mapping, mapping(record.recipe.get("stages")).values()):
+        schedule, tokens = mapping(stage.get("schedule")), number(stage.get("tokens"))
+        warmup, decay = number(schedule.get("warmup_tokens")), number(schedule.get("decay_tokens"))
+        if warmup > 0:
+            marks.append(Mark(start + warmup, "warm-up ends"))
+        if decay > 0 and schedule.get("kind") == "wsd":
+            marks.append(Mark(start + tokens - decay, "decay begins"))
+        start += tokens
+    return marks
+
+
+def _planned(record: Record) -> list[Span]:
+    found: list[Span] = []
+    start = 0.0
+    for stage_name, stage in mapping(record.recipe.get("stages")).items():
+        tokens = number(mapping(stage).get("tokens"))
+        for name, phase in mapping(mapping(stage).get("phases")).items():
+            length = _length(mapping(phase), tokens)
+            shares = _shares(mapping(phase).get("blend")) or _ledger_shares(record, stage_name, name)
+            found.append(Span(stage_name, name, start, start + length, shares))
+            start += length
+    return found if all(span.end > span.start for span in found) else []
+
+
+def _length(phase: dict[str, Any], stage_tokens: float) -> float:
+    return number(phase["tokens"]) if phase.get("tokens") is not None else number(phase.get("share")) * stage_tokens
+
+
+def _recorded(record: Record) -> list[Span]:
+    """Runs of steps in the same phase."""
+    places, tokens = record.steps.places, [0.0, *record.steps.tokens.tolist()]
+    turns = [i for i in range(len(places)) if i == 0 or places[i] != places[i - 1]]
+    return [
+        Span(*places[first], tokens[first], tokens[last], _ledger_shares(record, *places[first]))
+        for first, last in pairwise([*turns, len(places)])
+    ]
+
+
+def _ledger_shares(record: Record, stage: str, phase: str) -> dict[str, float]:
+    return _shares(mapping(mapping(record.ledger.get("stages")).get(stage)).get(phase))
+
+
+def _shares(weights: object) -> dict[str, float]:
+    known = {name: number(weight) for name, weight in mapping(weights).items()}
+    total = sum(known.values())
+    return {name: weight / total for name, weight in known.items()} if np.isfinite(total) and total > 0 else {}

@@ -1,0 +1,198 @@
+"""Read a run's directory into arrays and tables, tolerant of what is missing, torn or not a number."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import yaml
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The columns of metrics.jsonl, one entry a step; what was not recorded is NaN.
+
+    Attributes:
+        tokens: consumed after the step.
+        loss: nats per token.
+        lr: learning rate of the step.
+        grad_norm: before clipping.
+        tokens_per_second: of all ranks.
+        mfu: model FLOPs utilisation, 1 is the machine's dense peak.
+        places: (stage, phase) of the step.
+    """
+
+    tokens: Floats
+    loss: Floats
+    lr: Floats
+    grad_norm: Floats
+    tokens_per_second: Floats
+    mfu: Floats
+    places: list[tuple[str, str]]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Held-out loss at one point of the run, in bits per byte."""
+
+    tokens: float
+    sources: dict[str, float]
+    blend: float
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Generated text: what was given, and what the model added."""
+
+    tokens: float
+    prompt: str
+    continuation: str
+    temperature: float
+    top_p: float
+
+
+@dataclass(frozen=True)
+class Record:
+    """All that a run has left; `problems` says in a sentence per file what is missing or broken."""
+
+    name: str
+    steps: Steps
+    evaluations: list[Evaluation]
+    samples: list[Sample]
+    recipe: dict[str, Any]
+    recipe_text: str
+    environment: dict[str, Any]
+    baselines: dict[str, Any]
+    ledger: dict[str, Any]
+    exit: dict[str, Any]
+    problems: dict[str, str] = field(default_factory=dict)
+
+
+def read_record(run_dir: Path) -> Record:
+    """Read what there is in a run's directory; nothing in it is an error."""
+    problems: dict[str, str] = {}
+    recipe, recipe_text = _read_yaml(run_dir / "recipe.yaml", problems)
+    return Record(
+        name=run_dir.resolve().name,
+        steps=_steps(_read_lines(run_dir / "metrics.jsonl", problems)),
+        evaluations=_evaluations(_read_lines(run_dir / "validation.jsonl", problems)),
+        samples=[_sample(line) for line in _read_lines(run_dir / "samples.jsonl", problems)],
+        recipe=recipe,
+        recipe_text=recipe_text,
+        environment=_read_json(run_dir / "environment.json", problems),
+        baselines=_read_json(run_dir / "baselines.json", problems),
+        ledger=_read_json(run_dir / "ledger.json", problems),
+        exit=_read_json(run_dir / "exit.json", problems),
+        problems=problems,
+    )
+
+
+def number(value: object) -> float:
+    """The value as a float, NaN when it is none."""
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else float("nan")
+
+
+def mapping(value: object) -> dict[str, Any]:
+    """The value as a mapping with text keys, empty when it is none."""
+    return {str(key): item for key, item in value.items()} if isinstance(value, Mapping) else {}
+
+
+def _read_text(path: Path, problems: dict[str, str]) -> str:
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        problems[path.name] = f"{path.name} has not been written."
+        return ""
+    except OSError as error:
+        problems[path.name] = f"{path.name} cannot be read ({error.strerror})."
+        return ""
+    if not text.strip():
+        problems[path.name] = f"{path.name} is empty."
+    return text
+
+
+def _read_json(path: Path, problems: dict[str, str]) -> dict[str, Any]:
+    text = _read_text(path, problems)
+    try:
+        return mapping(json.loads(text)) if text.strip() else {}
+    except ValueError:
+        problems[path.name] = f"{path.name} is broken: it is not JSON."
+        return {}
+
+
+def _read_yaml(path: Path, problems: dict[str, str]) -> tuple[dict[str, Any], str]:
+    text = _read_text(path, problems)
+    try:
+        return mapping(yaml.safe_load(text)), text
+    except yaml.YAMLError:
+        problems[path.name] = f"{path.name} is broken: it is not YAML."
+        return {}, text
+
+
+def _read_lines(path: Path, problems: dict[str, str]) -> list[dict[str, Any]]:
+    """One mapping a line; a run that was killed may leave its last line torn."""
+    lines = [line for line in _read_text(path, problems).splitlines() if line.strip()]
+    read = [parsed for line in lines if (parsed := _line(line))]
+    if len(read) < len(lines):
+        problems[path.name] = f"{len(lines) - len(read)} of {len(lines)} lines of {path.name} cannot be read."
+    return read
+
+
+def _line(text: str) -> dict[str, Any]:
+    try:
+        return mapping(json.loads(text))
+    except ValueError:
+        return {}
+
+
+def _steps(lines: list[dict[str, Any]]) -> Steps:
+    lines = [line for line in lines if np.isfinite(number(line.get("tokens")))]
+    return Steps(
+        tokens=_column(lines, "tokens"),
+        loss=_column(lines, "loss"),
+        lr=_column(lines, "lr"),
+        grad_norm=_column(lines, "grad_norm"),
+        tokens_per_second=_column(lines, "tokens_per_second"),
+        mfu=_column(lines, "mfu"),
+        places=[(str(line.get("stage", "")), str(line.get("phase", ""))) for line in lines],
+    )
+
+
+def _column(lines: Iterable[dict[str, Any]], key: str) -> Floats:
+    return np.array([number(line.get(key)) for line in lines], dtype=np.float64)
+
+
+def _evaluations(lines: list[dict[str, Any]]) -> list[Evaluation]:
+    return [
+        Evaluation(
+            tokens=number(line.get("tokens")),
+            sources={
+                name: number(mapping(source).get("bits_per_byte"))
+                for name, source in mapping(line.get("sources")).items()
+            },
+            blend=number(mapping(line.get("blend")).get("bits_per_byte")),
+        )
+        for line in lines
+        if np.isfinite(number(line.get("tokens")))
+    ]
+
+
+def _sample(line: dict[str, Any]) -> Sample:
+    prompt = str(line.get("prompt", ""))
+    return Sample(
+        tokens=number(line.get("tokens")),
+        prompt=prompt,
+        continuation=str(line.get("text", "")).removeprefix(prompt),
+        temperature=number(line.get("temperature")),
+        top_p=number(line.get("top_p")),
+    )

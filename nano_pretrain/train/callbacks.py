@@ -1,0 +1,97 @@
+"""Callbacks that keep the run's files: metrics, validation, checkpoints and ledger."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import torch.distributed as dist
+
+from nano_pretrain.checkpoint.sharded import retain, save_checkpoint
+from nano_pretrain.data.ledger import ledger
+from nano_pretrain.evaluate.heldout import HeldOut
+from nano_pretrain.train.directory import append_line, write_json
+from nano_pretrain.train.session import Session, StepRecord
+
+
+class Metrics:
+    """metrics.jsonl: a line a step."""
+
+    def on_start(self, session: Session) -> None:
+        """Nothing: the stream was truncated at the checkpoint."""
+
+    def on_step(self, session: Session, record: StepRecord, stopping: bool) -> None:
+        """Append the step."""
+        if session.ranks.is_first:
+            append_line(session.directory / "metrics.jsonl", asdict(record))
+
+    def on_end(self, session: Session) -> None:
+        """Nothing left to write."""
+
+
+class Validation:
+    """validation.jsonl: held-out loss per source, every `validation.every` steps and at the end.
+
+    Args:
+        heldout: what to evaluate.
+        every: steps between two evaluations, 0 for the end only.
+    """
+
+    def __init__(self, heldout: HeldOut, every: int) -> None:
+        self.heldout = heldout
+        self.every = every
+
+    def on_start(self, session: Session) -> None:
+        """The first evaluation, of the initial weights."""
+        if session.step == 0:
+            self._evaluate(session)
+
+    def on_step(self, session: Session, record: StepRecord, stopping: bool) -> None:
+        """Evaluate where the step number asks for it, and at the end of the run."""
+        if session.finished or (self.every and session.step % self.every == 0):
+            self._evaluate(session)
+
+    def on_end(self, session: Session) -> None:
+        """Nothing left to do."""
+
+    def _evaluate(self, session: Session) -> None:
+        model = session.trainable.wrapped
+        model.eval()
+        result = self.heldout.evaluate(session.trainable.run)
+        model.train()
+        if session.ranks.is_first:
+            line = {"step": session.step, "tokens": session.tokens, **result}
+            append_line(session.directory / "validation.jsonl", line)
+
+
+class Checkpoints:
+    """A checkpoint every `checkpoint.every` steps, at the end, and before a stop; the ledger goes with it."""
+
+    def on_start(self, session: Session) -> None:
+        """Clear what an interrupted writer left."""
+        if session.ranks.is_first:
+            retain(session.directory, session.recipe.checkpoint.keep)
+
+    def on_step(self, session: Session, record: StepRecord, stopping: bool) -> None:
+        """Save where the step number asks for it, at the end, and when stopping."""
+        every = session.recipe.checkpoint.every
+        if session.finished or stopping or (every and session.step % every == 0):
+            self._save(session)
+
+    def on_end(self, session: Session) -> None:
+        """Nothing left to save."""
+
+    def _save(self, session: Session) -> None:
+        with session.platform.optimizer_scope():
+            save_checkpoint(
+                session.directory,
+                session.trainable.model,
+                session.trainable.optimizer,
+                (session.tokens, session.step),
+                session.layout_summary(),
+                session.corpus.fingerprint,
+            )
+        session.saved_tokens = session.tokens
+        if session.ranks.is_first:
+            write_json(session.directory / "ledger.json", ledger(session.curriculum, session.tokens))
+            retain(session.directory, session.recipe.checkpoint.keep)
+        dist.barrier()

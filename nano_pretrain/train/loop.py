@@ -1,0 +1,99 @@
+"""The training loop: one step after another on the token clock, and callbacks between them."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from nano_pretrain.data.curriculum import StagePlan
+from nano_pretrain.data.loader import BatchReader
+from nano_pretrain.parallel.groups import data_parallel_place
+from nano_pretrain.recipe.derived import stage_layout
+from nano_pretrain.schedule.learning_rate import learning_rate
+from nano_pretrain.train.session import Callback, Session, StepRecord
+from nano_pretrain.train.signals import StopRequest
+from nano_pretrain.train.throughput import Throughput
+
+if TYPE_CHECKING:
+    from nano_pretrain.train.step import StepResult
+
+
+class NotFiniteError(Exception):
+    """The loss or the gradient is NaN or infinite; the run ends without a checkpoint of it."""
+
+
+@dataclass(frozen=True)
+class Ending:
+    """Why the loop ended, when not because the run is finished."""
+
+    reason: str
+
+
+def run_loop(session: Session, reader: BatchReader, callbacks: Sequence[Callback], request: StopRequest) -> Ending | None:
+    """Train until the tokens are consumed, a stop is requested, or the next stage needs another layout.
+
+    Returns:
+        None when the run is finished.
+
+    Raises:
+        NotFiniteError: loss or gradient norm is NaN or infinite.
+    """
+    throughput = Throughput(session)
+    for callback in callbacks:
+        callback.on_start(session)
+    ending: Ending | None = None
+    while ending is None and not session.finished:
+        start = time.perf_counter()
+        stage = session.curriculum.stage_at(session.tokens)
+        lr = learning_rate(
+            stage.config.schedule, stage.config.tokens, session.tokens + stage.tokens_per_step - stage.start_tokens
+        )
+        result = _step(session, reader, stage, lr, request)
+        phase = session.curriculum.phase_at(session.tokens)
+        session.tokens += stage.tokens_per_step
+        session.step += 1
+        speed, mfu = throughput.measure(stage, time.perf_counter() - start)
+        record = StepRecord(
+            session.step, session.tokens, result.loss, lr, result.grad_norm, speed, mfu,
+            stage.name, phase, stage.sequence_length, stage.global_batch_size,
+        )  # fmt: skip
+        _check_finite(record)
+        ending = _ending(session, result, request)
+        for callback in callbacks:
+            callback.on_step(session, record, stopping=ending is not None)
+    for callback in callbacks:
+        callback.on_end(session)
+    return ending
+
+
+def _step(session: Session, reader: BatchReader, stage: StagePlan, lr: float, request: StopRequest) -> StepResult:
+    ranks = data_parallel_place()[1]
+    return session.trainable.step(
+        reader.micro_batches(session.tokens),
+        stage.global_batch_size // (ranks * stage.micro_batch_size),
+        (stage.sequence_length, stage.micro_batch_size),
+        lr,
+        request.signal_name is not None,
+    )
+
+
+def _check_finite(record: StepRecord) -> None:
+    if not (math.isfinite(record.loss) and math.isfinite(record.grad_norm)):
+        raise NotFiniteError(
+            f"step {record.step}: loss {record.loss}, gradient norm {record.grad_norm}; "
+            "the checkpoints before it are kept. Lower the learning rate, or start again with another run.name"
+        )
+
+
+def _ending(session: Session, result: StepResult, request: StopRequest) -> Ending | None:
+    if session.finished:
+        return None
+    if result.stop:
+        return Ending(f"stopped by {request.signal_name or 'a signal on another rank'}")
+    following = session.curriculum.stage_at(session.tokens)
+    if stage_layout(session.recipe, following.config) != session.layout:
+        return Ending(f"stage {following.name} needs another layout")
+    return None

@@ -1,0 +1,186 @@
+"""One training process from its start to its exit code."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from nano_pretrain.checkpoint.manifest import newest_tokens
+from nano_pretrain.checkpoint.sharded import load_newest
+from nano_pretrain.data.curriculum import Curriculum
+from nano_pretrain.data.ledger import ledger
+from nano_pretrain.data.loader import BatchReader
+from nano_pretrain.data.shards import Corpus, open_corpus
+from nano_pretrain.evaluate.heldout import HeldOut
+from nano_pretrain.parallel.groups import Ranks, data_parallel_place, process_groups, ranks_from_environment
+from nano_pretrain.platform import Platform, current_platform
+from nano_pretrain.recipe.derived import stage_layout
+from nano_pretrain.recipe.errors import EXIT_CONTINUE, EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR, UserError
+from nano_pretrain.recipe.load import to_yaml
+from nano_pretrain.recipe.rules import check_ranks
+from nano_pretrain.recipe.schema import ParallelConfig, Recipe
+from nano_pretrain.train.callbacks import Checkpoints, Metrics, Validation
+from nano_pretrain.train.directory import only_trainer, truncate_streams, write_json, write_whole
+from nano_pretrain.train.environment import environment
+from nano_pretrain.train.loggers import ProgressBar, TensorBoard, Wandb
+from nano_pretrain.train.loop import run_loop
+from nano_pretrain.train.session import Callback, Session
+from nano_pretrain.train.signals import StopRequest
+
+if TYPE_CHECKING:
+    from nano_pretrain.train.step import Trainable
+
+
+def train(recipe: Recipe, directory: Path) -> int:
+    """Train until the run is finished, a stop is requested, or the next stage needs another layout.
+
+    Args:
+        recipe: checked recipe.
+        directory: directory of the run.
+
+    Returns:
+        The process's exit code, the same on all ranks.
+
+    Raises:
+        UserError: the directory is held, the corpus is another, the ranks do not fit, or the disk is full.
+    """
+    request = StopRequest()
+    request.listen()
+    # megatron-core calls collectives by names that torch 2.13 has renamed.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    ranks = ranks_from_environment()
+    with ExitStack() as stack:
+        if ranks.is_first:
+            stack.enter_context(only_trainer(directory))
+        ending = _Exit(directory, ranks)
+        stack.enter_context(ending)
+        ending.code, ending.reason = _train(recipe, directory, ranks, request, ending)
+    if ending.code == EXIT_DONE and ranks.is_first:
+        from nano_pretrain.report import render_report
+
+        print(f"report: {render_report(directory)}", flush=True)
+    return ending.code
+
+
+class _Exit:
+    """Writes exit.json however the process ends, short of SIGKILL."""
+
+    def __init__(self, directory: Path, ranks: Ranks) -> None:
+        self.directory = directory
+        self.ranks = ranks
+        self.code, self.reason = EXIT_FAILED, "failed"
+        self.session: Session | None = None
+
+    def __enter__(self) -> _Exit:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if error is not None:
+            self.code = EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_FAILED
+            self.reason = f"{type(error).__name__}: {error}"
+        if self.ranks.is_first:
+            step, tokens = (self.session.step, self.session.tokens) if self.session else (None, None)
+            when = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+            content = {"code": self.code, "reason": self.reason, "step": step, "tokens": tokens, "time": when}
+            write_json(self.directory / "exit.json", content)
+
+
+def _train(recipe: Recipe, directory: Path, ranks: Ranks, request: StopRequest, ending: _Exit) -> tuple[int, str]:
+    platform = current_platform()
+    device = platform.prepare(ranks.local_rank, recipe.cluster.threads_per_rank)
+    corpus = open_corpus(Path(recipe.data.path))
+    curriculum = Curriculum(recipe, {name: stream.tokens for name, stream in corpus.train.items()})
+    done = newest_tokens(directory) or 0
+    stage = curriculum.stage_at(min(done, curriculum.total_tokens - 1))
+    layout = stage_layout(recipe, stage.config)
+    prefix = f"stages.{stage.name}.parallel" if stage.config.parallel else "parallel"
+    check_ranks(f"stages.{stage.name}", prefix, stage.config, layout, ranks.world_size, "this launch")
+    with process_groups(platform, ranks, layout, recipe.cluster.timeout_seconds):
+        trainable = _build(recipe, platform, layout=layout, length=stage.sequence_length)
+        session = Session(recipe, directory, ranks, platform, corpus, curriculum, layout, trainable)
+        ending.session = session
+        _resume(session)
+        reset = recipe.data.document_boundaries == "reset"
+        reader = BatchReader(corpus, curriculum, data_parallel_place(), reset, device)
+        heldout = _heldout(session, reset, device)
+        stopped = run_loop(session, reader, _callbacks(session, heldout), request)
+        if stopped is not None:
+            if ranks.is_first:
+                print(f"{directory}: {stopped.reason}; checkpoint at {session.tokens:,} tokens, run again to continue", flush=True)
+            return EXIT_CONTINUE, stopped.reason
+        _finish(session, heldout)
+    return EXIT_DONE, "finished"
+
+
+def _build(recipe: Recipe, platform: Platform, layout: ParallelConfig, length: int) -> Trainable:
+    # Imported here: what derives from megatron-core's classes comes after the platform has prepared it.
+    from nano_pretrain.model.hybrid import build_model
+    from nano_pretrain.train.step import Trainable
+
+    return Trainable(recipe, layout, platform, build_model(recipe, layout, platform, length))
+
+
+def _resume(session: Session) -> None:
+    """Load the newest checkpoint, if there is one, and take the run's files back to it."""
+    trainable = session.trainable
+    with session.platform.optimizer_scope():
+        manifest = load_newest(session.directory, trainable.model, trainable.optimizer)
+    if manifest is not None:
+        if manifest.corpus != session.corpus.fingerprint:
+            raise UserError(
+                f"data.path: the shards in {session.corpus.path} are not those the run in {session.directory} was trained on; "
+                "restore them or choose another run.name"
+            )
+        session.tokens, session.step, session.saved_tokens = manifest.tokens, manifest.step, manifest.tokens
+    description = environment(session)
+    if session.ranks.is_first:
+        truncate_streams(session.directory, session.tokens if manifest else -1)
+        write_whole(session.directory / "recipe.yaml", to_yaml(session.recipe))
+        write_json(session.directory / "environment.json", description)
+    dist.barrier()
+
+
+def _heldout(session: Session, reset: bool, device: torch.device) -> HeldOut:
+    """Held-out samples of the stage, weighted by what the whole run reads of each source."""
+    stage = session.curriculum.stage_at(min(session.tokens, session.curriculum.total_tokens - 1))
+    totals = ledger(session.curriculum, session.curriculum.total_tokens)["sources"]
+    weights = {name: float(total["tokens"]) for name, total in totals.items()}
+    return HeldOut(
+        session.corpus,
+        weights,
+        stage.sequence_length,
+        stage.micro_batch_size,
+        session.recipe.validation.tokens_per_source,
+        reset,
+        device,
+    )
+
+
+def _callbacks(session: Session, heldout: HeldOut) -> list[Callback]:
+    """In the order in which they are called; what may be lost by a kill comes before the checkpoint that covers it."""
+    recipe = session.recipe
+    callbacks: list[Callback] = [Metrics(), Validation(heldout, recipe.validation.every)]
+    if session.ranks.is_first:
+        callbacks.append(ProgressBar(session.curriculum.total_tokens, recipe.log.every))
+        if recipe.log.tensorboard:
+            callbacks.append(TensorBoard(recipe.log.every))
+        if recipe.log.wandb != "disabled":
+            callbacks.append(Wandb(recipe.log.wandb, recipe.log.wandb_project, recipe.log.every))
+    callbacks.append(Checkpoints())
+    return callbacks
+
+
+def _finish(session: Session, heldout: HeldOut) -> None:
+    """What is left when the last checkpoint is written."""
+    if session.ranks.is_first and session.recipe.validation.baselines:
+        from nano_pretrain.evaluate.baselines import MAX_TOKENS, ngram_baselines
+
+        if session.curriculum.total_tokens <= MAX_TOKENS:
+            write_json(session.directory / "baselines.json", ngram_baselines(session.corpus, session.curriculum, heldout))
+    dist.barrier()

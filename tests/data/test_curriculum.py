@@ -1,0 +1,313 @@
+from __future__ import annotations
+
+import math
+from collections import Counter
+from fractions import Fraction
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nano_pretrain.data.curriculum import Curriculum, SampleAddress
+from nano_pretrain.recipe.errors import RecipeError
+from nano_pretrain.recipe.schema import DataConfig, PhaseConfig, Recipe, StageConfig
+
+KNOWN = {"code": 4000, "math": 3000, "web": 9000}
+
+
+def stage(tokens: int, phases: dict[str, PhaseConfig], sequence_length: int = 8, batch: int = 4) -> StageConfig:
+    return StageConfig(tokens=tokens, sequence_length=sequence_length, global_batch_size=batch, phases=phases)
+
+
+def recipe(stages: dict[str, StageConfig], window: int = 10, max_epochs: float = 1e9, seed: int = 1) -> Recipe:
+    return Recipe(data=DataConfig(quota_window=window, max_epochs=max_epochs, seed=seed), stages=stages)
+
+
+def share(value: float, **blend: Any) -> PhaseConfig:
+    return PhaseConfig(share=value, blend=blend)
+
+
+def two_stages() -> Recipe:
+    pretrain = stage(3200, {"p1": share(0.6, web=3, code=1), "p2": share(0.3, web=1, code=1), "p3": share(0.1, math=1)})
+    extension = stage(600, {"long": PhaseConfig(tokens=600, blend={"math": 1, "web": 4})}, sequence_length=32, batch=2)
+    return recipe({"pretrain": pretrain, "extension": extension})
+
+
+def everything(curriculum: Curriculum) -> list[SampleAddress]:
+    addresses, tokens = [], 0
+    while tokens < curriculum.total_tokens:
+        now = curriculum.stage_at(tokens)
+        addresses += curriculum.samples(tokens, range(now.global_batch_size))
+        tokens += now.tokens_per_step
+    return addresses
+
+
+@st.composite
+def curricula(draw: st.DrawFn) -> Curriculum:
+    stages = {}
+    for name in draw(st.permutations(["alpha", "beta"]))[: draw(st.integers(1, 2))]:
+        weights = st.dictionaries(st.sampled_from(sorted(KNOWN)), st.integers(1, 50), min_size=1)
+        length, batch = draw(st.integers(1, 40)), draw(st.integers(1, 9))
+        phases = {
+            phase: PhaseConfig(tokens=draw(st.integers(length * batch, 12 * length * batch)), blend=draw(weights))
+            for phase in draw(st.sampled_from([["x"], ["x", "y"], ["z", "x", "y"]]))
+        }
+        stages[name] = stage(sum(phase.tokens or 0 for phase in phases.values()), phases, length, batch)
+    return Curriculum(recipe(stages, window=draw(st.integers(1, 64)), seed=draw(st.integers(0, 9))), KNOWN)
+
+
+def test_stages_and_phases_lie_end_to_end_on_step_borders() -> None:
+    curriculum = Curriculum(two_stages(), KNOWN)
+    pretrain, extension = curriculum.stages
+    assert (pretrain.start_tokens, pretrain.end_tokens, pretrain.first_step, pretrain.steps) == (0, 3200, 0, 100)
+    # 600 tokens in steps of 64: the tenth step is a whole one.
+    assert (extension.start_tokens, extension.end_tokens) == (3200, 3840)
+    assert (extension.first_step, extension.steps) == (100, 10)
+    assert (curriculum.total_steps, curriculum.total_tokens) == (110, 3840)
+    assert [(phase.start_tokens, phase.end_tokens) for phase in pretrain.phases] == [
+        (0, 1920),
+        (1920, 2880),
+        (2880, 3200),
+    ]
+
+
+def test_the_12b_changes_phase_at_12_and_18_trillion_tokens() -> None:
+    phases = {"p1": share(0.6, web=1), "p2": share(0.3, web=1), "p3": share(0.1, web=1)}
+    big = stage(20 * 10**12, phases, sequence_length=8192, batch=736)
+    plan = Curriculum(recipe({"pretrain": big}), {"web": 10**13}).stages[0]
+    starts = [phase.start_tokens for phase in plan.phases]
+    for start, boundary in zip(starts, [0, 12 * 10**12, 18 * 10**12], strict=True):
+        assert 0 <= start - boundary < plan.tokens_per_step
+
+
+def test_shares_and_tokens_can_be_mixed() -> None:
+    # Nemotron-H 56B: 60, 20 and 18.1 percent, and the last 380B of 20T tokens.
+    phases = {name: share(value, web=1) for name, value in [("p1", 0.6), ("p2", 0.2), ("p3", 0.181)]}
+    phases["p4"] = PhaseConfig(tokens=380 * 10**9, blend={"web": 1})
+    big = stage(20 * 10**12, phases, sequence_length=8192, batch=768)
+    plan = Curriculum(recipe({"pretrain": big}), {"web": 10**13}).stages[0]
+    assert 0 <= plan.phases[3].start_tokens - (20 * 10**12 - 380 * 10**9) < plan.tokens_per_step
+
+
+@pytest.mark.parametrize(("boundary", "first_step"), [(319, 10), (320, 10), (321, 11)])
+def test_a_phase_begins_at_the_first_step_that_starts_at_or_after_its_boundary(boundary: int, first_step: int) -> None:
+    phases = {
+        "before": PhaseConfig(tokens=boundary, blend={"web": 1}),
+        "after": PhaseConfig(tokens=640 - boundary, blend={"code": 1}),
+    }
+    curriculum = Curriculum(recipe({"s": stage(640, phases)}), KNOWN)
+    sources = [{address.source for address in curriculum.samples(32 * step, range(4))} for step in range(20)]
+    assert sources == first_step * [{"web"}] + (20 - first_step) * [{"code"}]
+    assert [curriculum.phase_at(32 * step) for step in (first_step - 1, first_step)] == ["before", "after"]
+    assert curriculum.phase_at(32 * first_step - 1) == "before"
+
+
+@pytest.mark.parametrize(("tokens", "name"), [(0, "pretrain"), (3199, "pretrain"), (3200, "extension")])
+def test_stage_at_the_borders(tokens: int, name: str) -> None:
+    assert Curriculum(two_stages(), KNOWN).stage_at(tokens).name == name
+
+
+@pytest.mark.parametrize("tokens", [-1, 3840, 10**9])
+def test_there_is_no_stage_outside_the_run(tokens: int) -> None:
+    curriculum = Curriculum(two_stages(), KNOWN)
+    with pytest.raises(ValueError, match="no step starts"):
+        curriculum.stage_at(tokens)
+    with pytest.raises(ValueError, match="no step starts"):
+        curriculum.phase_at(tokens)
+
+
+@given(curricula())
+@settings(deadline=None)
+def test_no_sample_of_a_source_comes_twice_before_all_came_once(curriculum: Curriculum) -> None:
+    read: dict[tuple[str, str], list[SampleAddress]] = {}
+    for address in everything(curriculum):
+        read.setdefault((address.stage, address.source), []).append(address)
+    for (name, source), addresses in read.items():
+        size = curriculum.samples_per_epoch(name, source)
+        for epoch in range(math.ceil(len(addresses) / size)):
+            indices = {address.index for address in addresses if address.epoch == epoch}
+            assert len(indices) == min(size, len(addresses) - epoch * size)
+            assert indices <= set(range(size))
+
+
+@given(curricula())
+@settings(deadline=None)
+def test_every_sample_lies_inside_its_source(curriculum: Curriculum) -> None:
+    lengths = {plan.name: plan.sequence_length for plan in curriculum.stages}
+    for address in everything(curriculum):
+        length = lengths[address.stage]
+        assert address.start == address.index * length
+        assert 0 <= address.start <= KNOWN[address.source] - (length + 1)
+
+
+def test_epochs_follow_each_other_with_new_orders_across_phases() -> None:
+    phases = {"p1": share(0.5, web=1, code=1), "p2": share(0.5, web=1)}
+    curriculum = Curriculum(recipe({"s": stage(4096, phases)}), {"web": 8 * 40 + 1, "code": 4000})
+    web = [address for address in everything(curriculum) if address.source == "web"]
+    assert len(web) == 128 + 256
+    orders = [[address.index for address in web if address.epoch == epoch] for epoch in range(10)]
+    assert all(sorted(order) == list(range(40)) for order in orders[:9])
+    assert len(orders[9]) == 384 - 360
+    assert len({tuple(order) for order in orders[:9]}) == 9
+
+
+@given(curricula(), st.data())
+@settings(deadline=None)
+def test_batches_do_not_depend_on_how_ranks_split_them(curriculum: Curriculum, data: st.DataObject) -> None:
+    plan = data.draw(st.sampled_from(curriculum.stages))
+    tokens = plan.start_tokens + plan.tokens_per_step * data.draw(st.integers(0, plan.steps - 1))
+    whole = curriculum.samples(tokens, range(plan.global_batch_size))
+    order = data.draw(st.permutations(range(plan.global_batch_size)))
+    cut = data.draw(st.integers(0, plan.global_batch_size))
+    parts = curriculum.samples(tokens, order[:cut]) + curriculum.samples(tokens, order[cut:])
+    assert [whole[offset] for offset in order] == parts
+
+
+def test_batches_do_not_depend_on_the_batch_size_or_the_micro_batch() -> None:
+    def order(batch: int, micro_batch: int) -> list[SampleAddress]:
+        config = stage(2880, {"p1": share(0.5, web=3, code=1), "p2": share(0.5, math=1, web=2)}, batch=batch)
+        config.micro_batch_size = micro_batch
+        return everything(Curriculum(recipe({"s": config}), KNOWN))
+
+    # 1,440 tokens are a whole number of steps of 4, 12 and 30 samples, so the phase changes at the same sample.
+    assert order(4, 1) == order(12, 3) == order(30, 2)
+
+
+@given(curricula())
+@settings(deadline=None)
+def test_consumed_is_a_count_of_the_samples(curriculum: Curriculum) -> None:
+    lengths = {plan.name: plan.sequence_length for plan in curriculum.stages}
+    counted: Counter[tuple[str, str, str]] = Counter()
+    tokens = 0
+    while True:
+        closed_form = {
+            (stage, phase, source): count
+            for stage, phases in curriculum.consumed(tokens).items()
+            for phase, sources in phases.items()
+            for source, count in sources.items()
+        }
+        assert sum(closed_form.values()) == tokens
+        assert {place: count for place, count in closed_form.items() if count} == counted
+        if tokens == curriculum.total_tokens:
+            return
+        now = curriculum.stage_at(tokens)
+        for address in curriculum.samples(tokens, range(now.global_batch_size)):
+            counted[address.stage, address.phase, address.source] += lengths[address.stage]
+        tokens += now.tokens_per_step
+
+
+def test_only_step_borders_have_samples_and_counts() -> None:
+    curriculum = Curriculum(two_stages(), KNOWN)
+    for call in (lambda: curriculum.samples(33, [0]), lambda: curriculum.consumed(33)):
+        with pytest.raises(ValueError, match="no step border"):
+            call()
+    for offset in (-1, 4):
+        with pytest.raises(ValueError, match="outside a global batch of 4"):
+            curriculum.samples(32, [0, offset])
+    for sample in (-1, 400):
+        with pytest.raises(ValueError, match="has no sample"):
+            curriculum.locate("pretrain", sample)
+
+
+def test_the_seed_and_the_stage_choose_the_order() -> None:
+    def order(seed: int, name: str) -> list[int]:
+        config = recipe({name: stage(3200, {"p": share(1.0, web=1)})}, seed=seed)
+        return [address.index for address in everything(Curriculum(config, KNOWN))]
+
+    assert order(1, "s") == order(1, "s")
+    assert order(1, "s") != order(2, "s")
+    assert order(1, "s") != order(1, "t")
+
+
+def test_the_addresses_are_the_same_for_ever() -> None:
+    curriculum = Curriculum(two_stages(), KNOWN)
+    first = [(address.source, address.index) for address in curriculum.samples(0, range(4))]
+    last = [(address.source, address.index) for address in curriculum.samples(3776, range(2))]
+    assert first == [("web", 804), ("web", 326), ("web", 296), ("web", 922)]
+    assert last == [("web", 157), ("math", 46)]
+
+
+def test_weights_are_read_as_decimals() -> None:
+    phases = {"p": share(1.0, web=0.7, code=0.1, math=0.2)}
+    curriculum = Curriculum(recipe({"s": stage(8 * 1000, phases, batch=10)}, window=10), KNOWN)
+    assert curriculum.consumed(80)["s"]["p"] == {"code": 8, "math": 16, "web": 56}
+
+
+def test_a_source_of_weight_zero_is_left_out() -> None:
+    phases = {"p": share(1.0, web=1, code=0)}
+    assert Curriculum(recipe({"s": stage(320, phases)}), KNOWN).consumed(320) == {"s": {"p": {"web": 320}}}
+
+
+def test_epochs_add_up_over_stages() -> None:
+    curriculum = Curriculum(two_stages(), KNOWN)
+    consumed = curriculum.consumed(curriculum.total_tokens)
+    math_epochs = Fraction(consumed["pretrain"]["p3"]["math"], 8 * 374)
+    math_epochs += Fraction(consumed["extension"]["long"]["math"], 32 * 93)
+    assert curriculum.epochs(consumed)["math"] == math_epochs
+
+
+WRONG: list[tuple[dict[str, PhaseConfig], str, str]] = [
+    ({"p": share(1.0, web=-1)}, "stages.s.phases.p.blend.web", "weight is -1; write a finite number"),
+    ({"p": share(1.0, web=math.nan)}, "stages.s.phases.p.blend.web", "weight is nan"),
+    ({"p": share(1.0, web=math.inf)}, "stages.s.phases.p.blend.web", "weight is inf"),
+    ({"p": share(1.0, web="much")}, "stages.s.phases.p.blend.web", "weight is 'much'"),
+    ({"p": share(1.0, web=True)}, "stages.s.phases.p.blend.web", "weight is True"),
+    ({"p": share(1.0, web=0, code=0)}, "stages.s.phases.p.blend", "all weights are 0"),
+    ({"p": share(1.0)}, "stages.s.phases.p.blend", "at least one source"),
+    ({"p": PhaseConfig(share=1.0, blend="tiny_p1")}, "stages.s.phases.p.blend", "is 'tiny_p1'; write a mapping"),
+    ({"p": share(1.0, wep=1)}, "stages.s.phases.p.blend.wep", "unknown source; the known ones are code, math, web"),
+    ({"p": share(0.5, web=1), "q": share(0.4, web=1)}, "stages.s.phases", "shares add up to 0.9; make them"),
+    (
+        {"p": share(0.5, web=1), "q": PhaseConfig(tokens=99, blend={"web": 1})},
+        "stages.s.phases",
+        "259 tokens; make them",
+    ),
+    ({"p": PhaseConfig(tokens=321, blend={"web": 1})}, "stages.s.phases", "add up to the stage's 320"),
+    ({"p": PhaseConfig(blend={"web": 1})}, "stages.s.phases.p", "neither share nor tokens"),
+    ({"p": PhaseConfig(share=1.0, tokens=320, blend={"web": 1})}, "stages.s.phases.p", "both share and tokens"),
+    ({"p": share(-0.5, web=1), "q": share(1.5, web=1)}, "stages.s.phases.p.share", "is -0.5"),
+    ({"p": share(math.nan, web=1)}, "stages.s.phases.p.share", "is nan"),
+    ({"p": PhaseConfig(tokens=-3, blend={"web": 1})}, "stages.s.phases.p.tokens", "is -3"),
+    ({"p": share(0.97, web=1), "q": share(0.03, web=1)}, "stages.s.phases.q", "no step of 32 tokens begins"),
+    ({}, "stages.s.phases", "is empty"),
+]
+
+
+@pytest.mark.parametrize(("phases", "field", "words"), WRONG, ids=[f"{field}: {words}" for _, field, words in WRONG])
+def test_wrong_phases_are_named_with_their_fix(phases: dict[str, PhaseConfig], field: str, words: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        Curriculum(recipe({"s": stage(320, phases)}), KNOWN)
+    assert caught.value.field == field
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["tokens", "sequence_length", "global_batch_size"])
+def test_a_stage_needs_positive_sizes(name: str) -> None:
+    config = stage(320, {"p": share(1.0, web=1)})
+    setattr(config, name, 0)
+    with pytest.raises(RecipeError, match=rf"stages\.s\.{name}: is 0"):
+        Curriculum(recipe({"s": config}), KNOWN)
+
+
+def test_a_run_needs_a_stage_and_a_window() -> None:
+    with pytest.raises(RecipeError, match="stages: is empty"):
+        Curriculum(recipe({}), KNOWN)
+    with pytest.raises(RecipeError, match=r"data\.quota_window: is 0"):
+        Curriculum(recipe({"s": stage(320, {"p": share(1.0, web=1)})}, window=0), KNOWN)
+
+
+def test_a_source_needs_the_tokens_of_one_sample() -> None:
+    config = recipe({"s": stage(320, {"p": share(1.0, web=1)})})
+    with pytest.raises(RecipeError, match=r"blend\.web: the source has 8 tokens, and one sample is 9"):
+        Curriculum(config, {"web": 8})
+    assert Curriculum(config, {"web": 9}).samples_per_epoch("s", "web") == 1
+
+
+def test_a_source_read_too_often_is_named_with_how_often() -> None:
+    stages = {name: stage(320, {"p": share(1.0, web=1, math=1)}) for name in ("s", "t")}
+    sizes = {"web": 8 * 16 + 1, "math": 8 * 1000 + 1}
+    with pytest.raises(RecipeError, match=r"data\.max_epochs: source web is read 2\.50 times, the limit is 2\.4"):
+        Curriculum(recipe(stages, max_epochs=2.4), sizes)
+    assert Curriculum(recipe(stages, max_epochs=2.5), sizes).total_tokens == 640
