@@ -109,12 +109,16 @@ def _plain(error: Exception) -> str:
     """One line from Hydra's or OmegaConf's message: the field, the problem, the fix."""
     text = " ".join(str(error).split())
     missing = re.search(r"Could not override '([^']+)'", text)
-    if missing and not error.__cause__ or missing and "not in" in str(error.__cause__):
+    if (missing and not error.__cause__) or (missing and "not in" in str(error.__cause__)):
         field = missing.group(1)
         parent, _, leaf = field.rpartition(".")
         near = get_close_matches(leaf, _known_fields(), 1, 0.6)
-        return f"{field}: no such field; " + (f"did you mean {parent}.{near[0]}?" if near else "`--help` lists the fields")
-    if found := re.search(r"Could not find '(\w+)/([^']+)'.*?Available options in '\w+': (.*?)(?: Config search path|$)", text):
+        return f"{field}: no such field; " + (
+            f"did you mean {parent}.{near[0]}?" if near else "`--help` lists the fields"
+        )
+    if found := re.search(
+        r"Could not find '(\w+)/([^']+)'.*?Available options in '\w+': (.*?)(?: Config search path|$)", text
+    ):
         group, name, options = found.groups()
         return f"{group}: no {group} {name!r}; choose one of {', '.join(options.split())}"
     cause = error.__cause__ or error

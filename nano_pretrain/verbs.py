@@ -8,7 +8,7 @@ from pathlib import Path
 
 from nano_pretrain.recipe.derived import stage_ranks
 from nano_pretrain.recipe.errors import EXIT_CONTINUE, EXIT_DONE, UserError
-from nano_pretrain.recipe.load import check_same_run
+from nano_pretrain.recipe.load import check_same_run, recorded_recipe
 from nano_pretrain.recipe.schema import Recipe
 
 
@@ -73,17 +73,18 @@ def launch(recipe: Recipe, overrides: list[str]) -> int:
 
 def generate(recipe: Recipe, overrides: list[str]) -> int:
     """Continue a prompt."""
+    directory = run_directory(recipe)
+    trained = recorded_recipe(directory)
     from nano_pretrain.evaluate.generate import generate as generate_text
 
-    print(generate_text(recipe, run_directory(recipe)))
+    print(generate_text(trained, recipe.generate, directory, [recipe.generate.prompt])[0])
     return EXIT_DONE
 
 
 def report(recipe: Recipe, overrides: list[str]) -> int:
     """Render the report of a run."""
     directory = run_directory(recipe)
-    if not (directory / "recipe.yaml").exists():
-        raise UserError(f"run.name: no run in {directory}; train it first, or write run.name=NAME of one that exists")
+    recorded_recipe(directory)
     from nano_pretrain.report import render_report
 
     print(f"report: {render_report(directory)}")

@@ -12,7 +12,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from nano_pretrain.checkpoint.manifest import (
@@ -151,7 +150,9 @@ def _collective(clean_up: Callable[[], None]) -> Iterator[None]:
         clean_up()
     full = os.strerror(errno.ENOSPC)
     if any(full in part or "file write failed" in part for part in found):
-        raise UserError("run.dir: the disk is full, the checkpoint was not written; free space and run again") from failure
+        raise UserError(
+            "run.dir: the disk is full, the checkpoint was not written; free space and run again"
+        ) from failure
     raise failure or RuntimeError(f"another rank failed to write a checkpoint: {found[0]}")
 
 
@@ -198,5 +199,3 @@ def _sync(directory: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-

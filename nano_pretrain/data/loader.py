@@ -42,7 +42,12 @@ class BatchReader:
     """
 
     def __init__(
-        self, corpus: Corpus, curriculum: Curriculum, place: tuple[int, int], reset_documents: bool, device: torch.device
+        self,
+        corpus: Corpus,
+        curriculum: Curriculum,
+        place: tuple[int, int],
+        reset_documents: bool,
+        device: torch.device,
     ) -> None:
         self.corpus = corpus
         self.curriculum = curriculum
@@ -57,11 +62,13 @@ class BatchReader:
         for start in range(self.rank * width, stage.global_batch_size, self.size * width):
             addresses = self.curriculum.samples(consumed, range(start, start + width))
             length = stage.sequence_length
-            rows = [self.corpus.train[a.source].read(a.index * length, length + 1) for a in addresses]
+            rows = [self.corpus.train[a.source].read(a.start, length + 1) for a in addresses]
             yield batch_of(np.stack(rows), self.corpus.eod_id if self.reset_documents else None, self.device)
 
 
-def batch_of(rows: np.ndarray[tuple[int, int], np.dtype[np.int64]], eod_id: int | None, device: torch.device) -> MicroBatch:
+def batch_of(
+    rows: np.ndarray[tuple[int, int], np.dtype[np.int64]], eod_id: int | None, device: torch.device
+) -> MicroBatch:
     """A micro-batch from rows of length + 1 tokens; a document ends with `eod_id` where one is given."""
     samples = torch.from_numpy(rows)
     tokens, labels = samples[:, :-1].contiguous(), samples[:, 1:].contiguous()

@@ -148,7 +148,7 @@ class QuotaBlend:
         self.totals = self._by_source(self._edges(samples))
 
     def locate(self, position: int) -> tuple[str, int]:
-        """The source of the sample at `position` of the phase, and its number among the source's samples so far.
+        """The source of the sample at `position` of the phase, and its number among the source's samples of the phase.
 
         Time: O(number of sources).
 

@@ -26,30 +26,29 @@ def ngram_baselines(corpus: Corpus, curriculum: Curriculum, heldout: HeldOut) ->
     Returns:
         {"train_tokens", "bigram": {"sources", "blend"}, "trigram": ..., "note"}.
     """
-    rows = _consumed_samples(corpus, curriculum)
-    starts = np.arange(len(rows)) * rows.shape[1]
-    tokens = rows.reshape(-1)
+    samples = _consumed_samples(corpus, curriculum)
+    lengths = np.array([sample.size for sample in samples])
+    starts = np.cumsum(lengths) - lengths
+    tokens = np.concatenate(samples)
     result: dict[str, Any] = {
-        "train_tokens": int(tokens.size),
+        "train_tokens": int(tokens.size - len(samples)),
         "note": "interpolated modified Kneser-Ney, trained once on every sample the run consumed",
     }
     for name, order in (("bigram", 2), ("trigram", 3)):
-        model = NgramModel(tokens, starts, corpus.vocab_size, order)
-        result[name] = _bits_per_byte(model, heldout)
+        result[name] = _bits_per_byte(NgramModel(tokens, starts, corpus.vocab_size, order), heldout)
     return result
 
 
-def _consumed_samples(corpus: Corpus, curriculum: Curriculum) -> npt.NDArray[np.int64]:
-    """Every distinct sample of the run [samples, length + 1], of the last stage's length."""
-    length = curriculum.stages[-1].sequence_length
-    seen: dict[tuple[str, int], npt.NDArray[np.int64]] = {}
+def _consumed_samples(corpus: Corpus, curriculum: Curriculum) -> list[npt.NDArray[np.int64]]:
+    """Every sample of the run with its last label, each once."""
+    samples: dict[tuple[str, int, int], npt.NDArray[np.int64]] = {}
     for stage in curriculum.stages:
         for tokens in range(stage.start_tokens, stage.end_tokens, stage.tokens_per_step):
             for address in curriculum.samples(tokens, range(stage.global_batch_size)):
-                key = (address.source, address.start)
-                if key not in seen and stage.sequence_length == length:
-                    seen[key] = corpus.train[address.source].read(address.start, length + 1)
-    return np.stack(list(seen.values()))
+                key = (address.source, address.start, stage.sequence_length)
+                if key not in samples:
+                    samples[key] = corpus.train[address.source].read(address.start, stage.sequence_length + 1)
+    return list(samples.values())
 
 
 def _bits_per_byte(model: NgramModel, heldout: HeldOut) -> dict[str, Any]:

@@ -46,9 +46,9 @@ class FusedAdam(torch.optim.Optimizer):
             group["step"] = group.get("step", 0) + 1
             params = [p for p in group["params"] if p.grad is not None]
             if params:
-                self._update(group, params)
+                self._update(group, params, [p.grad for p in params])
 
-    def _update(self, group: dict[str, Any], params: list[torch.Tensor]) -> None:
+    def _update(self, group: dict[str, Any], params: list[torch.Tensor], grads: list[torch.Tensor]) -> None:
         for p in params:
             state = self.state[p]
             if "exp_avg" not in state:
@@ -56,7 +56,7 @@ class FusedAdam(torch.optim.Optimizer):
                 state["exp_avg_sq"] = torch.zeros_like(p)
         torch._fused_adamw_(
             params,
-            [p.grad for p in params],
+            grads,
             [self.state[p]["exp_avg"] for p in params],
             [self.state[p]["exp_avg_sq"] for p in params],
             [],

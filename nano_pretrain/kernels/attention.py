@@ -73,5 +73,5 @@ def _attend_documents(q: Tensor, k: Tensor, v: Tensor, documents: Tensor) -> Ten
     for row, row_documents in enumerate(documents):
         lengths = row_documents.unique_consecutive(return_counts=True)[1].tolist()
         parts = zip(*(t[row : row + 1].split(lengths, 2) for t in (q, k, v)), strict=True)
-        rows.append(torch.cat([_attend(*part, causal=True) for part in parts], 2))
+        rows.append(torch.cat([_attend(q_, k_, v_, causal=True) for q_, k_, v_ in parts], 2))
     return torch.cat(rows)

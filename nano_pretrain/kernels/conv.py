@@ -45,12 +45,12 @@ class _CausalConvSilu(torch.autograd.Function):
         x_, width, length = x.to(wide), weight.shape[1], x.shape[1]
         dx = grad * weight[:, -1].to(wide)
         dweight = torch.empty_like(weight, dtype=wide)
-        dweight[:, -1] = torch.einsum("blc,blc->c", grad, x_)
+        dweight[:, -1] = (grad * x_).sum((0, 1))
         for shift in range(1, min(width, length)):
             tap = width - 1 - shift
             late = _within_document(grad[:, shift:], seq_idx, shift)
             dx[:, :-shift].addcmul_(late, weight[:, tap].to(wide))
-            dweight[:, tap] = torch.einsum("blc,blc->c", late, x_[:, :-shift])
+            dweight[:, tap] = (late * x_[:, :-shift]).sum((0, 1))
         dweight[:, : max(0, width - length)] = 0
         dbias = None if bias is None else grad.sum((0, 1)).to(bias.dtype)
         return dx.to(x.dtype), dweight.to(weight.dtype), dbias, None

@@ -32,7 +32,7 @@ def gated_rms_norm(x: Tensor, z: Tensor | None, weight: Tensor, eps: float, grou
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     gated = x.to(wide) if z is None else x.to(wide) * F.silu(z.to(wide))
-    groups = gated.unflatten(-1, (-1, group_size))
+    groups: Tensor = gated.unflatten(-1, (-1, group_size))
     scale = torch.rsqrt(groups.square().mean(-1, keepdim=True) + eps)
     return ((groups * scale).flatten(-2) * weight.to(wide)).to(x.dtype)
 

@@ -69,13 +69,14 @@ def _chunks(t: Tensor, pad_last: bool = False) -> Tensor:
     if missing:
         fill = t[:, -1:].expand(-1, missing, *t.shape[2:]) if pad_last else t.new_zeros(1)
         t = torch.cat([t, fill], 1) if pad_last else F.pad(t, (0, 0) * (t.dim() - 2) + (0, missing))
-    return t.unflatten(1, (-1, CHUNK))
+    chunks: Tensor = t.unflatten(1, (-1, CHUNK))
+    return chunks
 
 
 def _decay(cumulative: Tensor, documents: Tensor | None, heads_per_group: int) -> Tensor:
     """exp(sum of dt a over (k, q]) for k <= q in one document, else 0: [b, c, g, r, q, k]."""
     by_head = cumulative.transpose(2, 3).unflatten(2, (-1, heads_per_group))
-    difference = by_head.unsqueeze(-1) - by_head.unsqueeze(-2)
+    difference: Tensor = by_head.unsqueeze(-1) - by_head.unsqueeze(-2)
     allowed = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=cumulative.device).tril()
     if documents is not None:
         allowed = (allowed & (documents.unsqueeze(-1) == documents.unsqueeze(-2)))[:, :, None, None]
@@ -92,7 +93,9 @@ def _added_states(xdt: Tensor, b: Tensor, cumulative: Tensor, documents: Tensor 
     return torch.einsum("bckgn,bckgv->bcgnv", b, weighted.flatten(4)).to(cumulative.dtype)
 
 
-def _pass_states(added: Tensor, total: Tensor, documents: Tensor | None, initial: Tensor | None) -> tuple[Tensor, Tensor]:
+def _pass_states(
+    added: Tensor, total: Tensor, documents: Tensor | None, initial: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Carry the state over the chunks: the state before each [b, c, g, n, r p], and the last [b, g, n, r, p]."""
     heads_per_group = total.shape[2] // added.shape[2]
     keep = total.exp().unflatten(2, (-1, heads_per_group))
@@ -119,8 +122,8 @@ def _carried_output(
         previous = torch.cat([documents[:, :1, 0], documents[:, :-1, -1]], 1)
         from_start = from_start * (documents == previous.unsqueeze(-1)).unsqueeze(-1)
     out = torch.einsum("bcqgn,bcgnv->bcqgv", c, before.to(c.dtype))
-    out = out.unflatten(4, (heads_per_group, -1)).flatten(3, 4)
-    return out * from_start.unsqueeze(-1).to(c.dtype)
+    by_head: Tensor = out.unflatten(4, (heads_per_group, -1)).flatten(3, 4)
+    return by_head * from_start.unsqueeze(-1).to(c.dtype)
 
 
 def _to_grouped(states: Tensor | None, groups: int) -> Tensor | None:

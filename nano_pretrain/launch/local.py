@@ -61,7 +61,7 @@ def launch_local(
     logs = _open_logs(log_dir, ranks)
     lengths = [log.stat().st_size if log else 0 for log in logs]
     with _stop_requests() as requests:
-        from nano_pretrain.launch.ranks import running_ranks  # noqa: PLC0415  (loads torch)
+        from nano_pretrain.launch.ranks import running_ranks
 
         threads = threads_per_rank or max(1, len(os.sched_getaffinity(0)) // ranks)
         with running_ranks(command, logs, threads, environment) as processes:

@@ -15,7 +15,6 @@ from nano_pretrain.platform import Platform
 from nano_pretrain.recipe.derived import padded_vocab_size
 from nano_pretrain.recipe.schema import ParallelConfig, Recipe
 
-
 KEPT_FP32 = (".A_log", ".D", ".dt_bias")
 """Parameters that are FP32 in a BF16 model."""
 

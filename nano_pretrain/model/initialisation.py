@@ -98,7 +98,10 @@ def _rule(name: str, config: ModelConfig) -> Draw:
         (("norm.weight", "layernorm.weight", "layer_norm_weight", ".D"), _ones),
         ((".A_log",), _log_of_a),
         ((".dt_bias",), _dt_bias),
-        (("linear_qkv.weight", "linear_fc1.weight", "embeddings.weight", "output_layer.weight"), _normal(config.init_std)),
+        (
+            ("linear_qkv.weight", "linear_fc1.weight", "embeddings.weight", "output_layer.weight"),
+            _normal(config.init_std),
+        ),
     ]
     for endings, draw in rules:
         if name.endswith(endings):

@@ -38,16 +38,14 @@ def ranks_from_environment() -> Ranks:
 
 
 @contextmanager
-def process_groups(
-    platform: Platform, ranks: Ranks, layout: ParallelConfig, timeout_seconds: int
-) -> Iterator[None]:
+def process_groups(platform: Platform, ranks: Ranks, layout: ParallelConfig, timeout_seconds: int) -> Iterator[None]:
     """torch.distributed and megatron-core's groups for `layout`; data parallelism is what is left of the world."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
     timeout = timedelta(seconds=timeout_seconds)
     if ranks.world_size == 1:
-        store = dist.HashStore()
+        store = torch._C._distributed_c10d.HashStore()
         dist.init_process_group(platform.backend, store=store, rank=0, world_size=1, timeout=timeout)
     else:
         dist.init_process_group(platform.backend, timeout=timeout)

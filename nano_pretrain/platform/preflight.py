@@ -30,10 +30,18 @@ def check_dependencies(recipe: Recipe) -> None:
     if _has_nvidia_driver():
         return
     if recipe.precision.name.startswith("fp8"):
-        raise RecipeError("precision.name", f"{recipe.precision.name} is not available on a CPU in this version", "write precision=bf16")
+        raise RecipeError(
+            "precision.name",
+            f"{recipe.precision.name} is not available on a CPU in this version",
+            "write precision=bf16",
+        )
     layouts = [recipe.parallel, *(stage.parallel for stage in recipe.stages.values() if stage.parallel)]
     if count_layers(recipe.model.pattern).attention and any(layout.context > 1 for layout in layouts):
-        raise RecipeError("parallel.context", "attention under context parallelism is not available on a CPU in this version", "write parallel.context=1")
+        raise RecipeError(
+            "parallel.context",
+            "attention under context parallelism is not available on a CPU in this version",
+            "write parallel.context=1",
+        )
 
 
 def _has_nvidia_driver() -> bool:

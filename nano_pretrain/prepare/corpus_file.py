@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import yaml
 
 from nano_pretrain.recipe.errors import RecipeError, UserError
+from nano_pretrain.recipe.load import tree
 
 T = TypeVar("T")
 
@@ -65,13 +66,6 @@ class CorpusFile:
     sha256: str
 
 
-def data_blend_directory() -> Path:
-    """The `data_blend/` tree: inside an installed package, or beside it in a checkout."""
-    package = Path(__file__).resolve().parents[1]
-    installed = package / "_data_blend"
-    return installed if installed.is_dir() else package.parent / "data_blend"
-
-
 def load_corpus_file(corpus: str) -> CorpusFile:
     """Read and check a corpus file.
 
@@ -110,7 +104,7 @@ def load_package_file(path: Path) -> Package:
 
 
 def _locate(corpus: str) -> Path:
-    directory = data_blend_directory() / "corpora"
+    directory = tree("data_blend") / "corpora"
     path = Path(corpus) if corpus.endswith((".yaml", ".yml")) else directory / f"{corpus}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in directory.glob("*.yaml"))) or "none"

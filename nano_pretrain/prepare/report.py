@@ -79,14 +79,20 @@ def _rows(sources: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def _size(entry: Mapping[str, int]) -> str:
-    return f"{entry['documents']:,} docs, {_bytes(entry['bytes'])}"
+    return f"{_documents(entry['documents'])}, {_bytes(entry['bytes'])}"
 
 
 def _split(entry: Mapping[str, int]) -> str:
-    return f"{entry['documents']:,} docs, {_bytes(entry['bytes'])}, {entry['tokens']:,} tokens"
+    return f"{_size(entry)}, {entry['tokens']:,} tokens"
+
+
+def _documents(count: int) -> str:
+    return f"{count:,} document" if count == 1 else f"{count:,} documents"
 
 
 def _bytes(count: int) -> str:
+    if count < 1e3:
+        return f"{count} bytes"
     return f"{count / 1e6:.2f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
 
 

@@ -15,7 +15,6 @@ from nano_pretrain.data.shards import TOKENIZER_NAME
 from nano_pretrain.prepare.corpus_file import (
     CorpusFile,
     Package,
-    data_blend_directory,
     load_corpus_file,
     load_package_file,
 )
@@ -29,6 +28,7 @@ from nano_pretrain.prepare.tekken import TEKKEN_VOCAB_SIZE, load_tekken
 from nano_pretrain.prepare.tokenizer import train_bpe
 from nano_pretrain.prepare.workspace import workspace
 from nano_pretrain.recipe.errors import RecipeError
+from nano_pretrain.recipe.load import tree
 from nano_pretrain.recipe.schema import Recipe
 
 TEKKEN_FILE = "tokenizers/tekken.yaml"
@@ -49,11 +49,6 @@ def prepare(recipe: Recipe) -> None:
     target = Path(recipe.data.path)
     if is_prepared(target, wanted):
         console.print(f"{target}: already prepared and whole, nothing to do")
-        return
-    if recipe.dry_run:
-        console.print(
-            f"{target}: would be prepared from {len(corpus.sources)} sources in {len(corpus.packages)} packages"
-        )
         return
     with workspace(target) as directory, _progress(console) as progress:
         manifest = _Builder(recipe, corpus, directory, progress).build(wanted)
@@ -108,7 +103,7 @@ class _Builder:
         used = {source.package for source in self._corpus.sources}
         packages = [package for name, package in self._corpus.packages.items() if name in used]
         if self._recipe.data.tokenizer.kind == "tekken":
-            packages.append(load_package_file(data_blend_directory() / TEKKEN_FILE))
+            packages.append(load_package_file(tree("data_blend") / TEKKEN_FILE))
         return packages
 
     def _fetch(self) -> dict[str, Path]:

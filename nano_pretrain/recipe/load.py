@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from nano_pretrain.recipe.errors import RecipeError, UserError
 from nano_pretrain.recipe.rules import check
@@ -61,6 +62,23 @@ def to_yaml(recipe: Recipe) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(recipe))
 
 
+def recorded_recipe(run_dir: Path) -> Recipe:
+    """The recipe that a run was last started with.
+
+    Raises:
+        UserError: there is no run, or its recipe cannot be read.
+    """
+    path = run_dir / "recipe.yaml"
+    if not path.exists():
+        raise UserError(f"run.name: no run in {run_dir}; train it first, or write run.name=NAME of one that exists")
+    try:
+        recipe = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), OmegaConf.load(path)))
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{path}: not a recipe of this version ({str(error).splitlines()[0]})") from error
+    assert isinstance(recipe, Recipe)
+    return recipe
+
+
 def check_same_run(recipe: Recipe, run_dir: Path) -> None:
     """Refuse to go on in `run_dir` with a recipe that would learn something else.
 
@@ -73,7 +91,9 @@ def check_same_run(recipe: Recipe, run_dir: Path) -> None:
     try:
         old = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
-        raise UserError(f"{path}: is not YAML any more ({error.__class__.__name__}); restore it or choose another run.name") from error
+        raise UserError(
+            f"{path}: is not YAML any more ({error.__class__.__name__}); restore it or choose another run.name"
+        ) from error
     for field, new_value, old_value in _differences(recipe, old, ""):
         raise UserError(
             f"{field}: {new_value!r} differs from {old_value!r} of the run in {run_dir}; "

@@ -13,14 +13,10 @@ from nano_pretrain.recipe.pattern import count_layers
 from nano_pretrain.recipe.schema import ModelConfig, ParallelConfig, Recipe, StageConfig
 
 POSITIVE = frozenset(
-    """hidden_size ffn_hidden_size num_attention_heads num_query_groups head_dim mamba_num_heads mamba_head_dim
-    mamba_num_groups mamba_state_dim mamba_conv_width norm_epsilon init_std tensor pipeline context eps clip_grad lr
-    tokens sequence_length micro_batch_size global_batch_size gpus train_bytes max_bytes_per_source max_epochs
-    quota_window tokens_per_source keep timeout_seconds threads_per_rank peak_tflops max_new_tokens
-    grace_seconds share""".split()
+    ["hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "head_dim", "mamba_num_heads", "mamba_head_dim", "mamba_num_groups", "mamba_state_dim", "mamba_conv_width", "norm_epsilon", "init_std", "tensor", "pipeline", "context", "eps", "clip_grad", "lr", "tokens", "sequence_length", "micro_batch_size", "global_batch_size", "gpus", "train_bytes", "max_bytes_per_source", "max_epochs", "quota_window", "tokens_per_source", "keep", "timeout_seconds", "threads_per_rank", "peak_tflops", "max_new_tokens", "grace_seconds", "share"]
 )
 NOT_NEGATIVE = frozenset(
-    "bf16_first_linears bf16_last_linears weight_decay min_lr warmup_tokens decay_tokens every temperature".split()
+    ["bf16_first_linears", "bf16_last_linears", "weight_decay", "min_lr", "warmup_tokens", "decay_tokens", "every", "temperature"]
 )
 CHOICES = {
     "precision.name": ("fp32", "bf16", "fp8_blockwise", "fp8_current_scaling"),
@@ -87,13 +83,21 @@ def model_shapes(recipe: Recipe) -> None:
     model = recipe.model
     counts = count_layers(model.pattern)
     if counts.attention:
-        _divides("model.num_attention_heads", model.num_attention_heads, model.num_query_groups, "model.num_query_groups")
+        _divides(
+            "model.num_attention_heads", model.num_attention_heads, model.num_query_groups, "model.num_query_groups"
+        )
     if counts.mamba:
         _divides("model.mamba_num_heads", model.mamba_num_heads, model.mamba_num_groups, "model.mamba_num_groups")
     if model.vocab_size < 512:
-        raise RecipeError("model.vocab_size", f"{model.vocab_size} does not hold 256 bytes and the special tokens", "write 512 or more")
+        raise RecipeError(
+            "model.vocab_size",
+            f"{model.vocab_size} does not hold 256 bytes and the special tokens",
+            "write 512 or more",
+        )
     if recipe.data.tokenizer.kind == "tekken" and model.vocab_size != 131072:
-        raise RecipeError("model.vocab_size", f"Tekken has 131072 entries, not {model.vocab_size}", "write model.vocab_size=131072")
+        raise RecipeError(
+            "model.vocab_size", f"Tekken has 131072 entries, not {model.vocab_size}", "write model.vocab_size=131072"
+        )
 
 
 def optimizer_ranges(recipe: Recipe) -> None:
@@ -103,7 +107,9 @@ def optimizer_ranges(recipe: Recipe) -> None:
         if not 0 <= value < 1:
             raise RecipeError(f"optimizer.{name}", f"{value} is outside [0, 1)", "write for example 0.9")
     if not 0 < recipe.data.heldout_share < 0.5:
-        raise RecipeError("data.heldout_share", f"{recipe.data.heldout_share} is outside (0, 0.5)", "write for example 0.01")
+        raise RecipeError(
+            "data.heldout_share", f"{recipe.data.heldout_share} is outside (0, 0.5)", "write for example 0.01"
+        )
     if not 0 < recipe.generate.top_p <= 1:
         raise RecipeError("generate.top_p", f"{recipe.generate.top_p} is outside (0, 1]", "write for example 0.95")
 
@@ -111,7 +117,9 @@ def optimizer_ranges(recipe: Recipe) -> None:
 def layouts(recipe: Recipe) -> None:
     """Each stage's layout divides the model, the ranks and the batch."""
     if not recipe.stages:
-        raise RecipeError("stages", "the recipe has no stage", "add stages.NAME.tokens and the rest, or choose a recipe")
+        raise RecipeError(
+            "stages", "the recipe has no stage", "add stages.NAME.tokens and the rest, or choose a recipe"
+        )
     for name, stage in recipe.stages.items():
         prefix = f"stages.{name}.parallel" if stage.parallel else "parallel"
         layout = stage_layout(recipe, stage)
@@ -136,12 +144,14 @@ def _layout_fits_model(prefix: str, layout: ParallelConfig, model: ModelConfig) 
     # megatron-core 0.16 would silently drop the remainder.
     _divides("model.pattern", len(model.pattern), layout.pipeline, f"{prefix}.pipeline")
     if layout.sequence and layout.tensor == 1:
-        raise RecipeError(f"{prefix}.sequence", "sequence parallelism needs tensor parallelism", f"write {prefix}.sequence=false or {by}=2")
+        raise RecipeError(
+            f"{prefix}.sequence",
+            "sequence parallelism needs tensor parallelism",
+            f"write {prefix}.sequence=false or {by}=2",
+        )
 
 
-def check_ranks(
-    field: str, prefix: str, stage: StageConfig, layout: ParallelConfig, ranks: int, source: str
-) -> int:
+def check_ranks(field: str, prefix: str, stage: StageConfig, layout: ParallelConfig, ranks: int, source: str) -> int:
     """Data-parallel size of a stage on `ranks` ranks.
 
     Args:
@@ -158,7 +168,8 @@ def check_ranks(
     model_ranks = layout.tensor * layout.pipeline * layout.context
     if ranks % model_ranks:
         raise RecipeError(
-            prefix, f"tensor x pipeline x context = {model_ranks} does not divide the {ranks} ranks ({source})",
+            prefix,
+            f"tensor x pipeline x context = {model_ranks} does not divide the {ranks} ranks ({source})",
             f"start a multiple of {model_ranks} ranks or shrink the layout",
         )
     data_parallel = ranks // model_ranks
@@ -177,9 +188,8 @@ def check_ranks(
 def names(recipe: Recipe) -> None:
     """The run's name is one directory name."""
     name = recipe.run.name
-    if name is not None and not re.fullmatch(r"[A-Za-z0-9_=.,+-]{1,200}", name) or name in (".", ".."):
+    if (name is not None and not re.fullmatch(r"[A-Za-z0-9_=.,+-]{1,200}", name)) or name in (".", ".."):
         raise RecipeError("run.name", f"{name!r} is not a directory name", "use letters, digits and _ = . , + -")
 
 
 RULES: tuple[Callable[[Recipe], None], ...] = (model_shapes, optimizer_ranges, layouts, names)
-

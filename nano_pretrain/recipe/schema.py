@@ -52,7 +52,9 @@ class ModelConfig:
     mamba_conv_width: int = option(4, "Width of the causal convolution, in tokens.", FIXED)
     vocab_size: int = option(MISSING, "Entries of the tokenizer; padded to a multiple of 1,024.", FIXED)
     norm_epsilon: float = option(1e-5, "Epsilon of every RMSNorm.", FIXED)
-    init_std: float = option(MISSING, "Std of the normal initialisation; residual outputs use it / sqrt(layers).", FIXED)
+    init_std: float = option(
+        MISSING, "Std of the normal initialisation; residual outputs use it / sqrt(layers).", FIXED
+    )
 
 
 @dataclass
@@ -139,7 +141,9 @@ class DataConfig:
     tokenizer: TokenizerConfig = option(TokenizerConfig, "Tokenizer.")
     max_bytes_per_source: Optional[int] = option(None, "Text kept of each source, in bytes; null keeps all.", FIXED)
     heldout_share: float = option(0.01, "Share of the documents of a source that is held out, by document hash.", FIXED)
-    document_boundaries: str = option("ignore", "ignore: plain concatenation | reset: state and attention restart.", FIXED)
+    document_boundaries: str = option(
+        "ignore", "ignore: plain concatenation | reset: state and attention restart.", FIXED
+    )
     max_epochs: float = option(4.0, "How often a source may be read before the recipe is refused.")
     quota_window: int = option(1024, "Samples after which every source has had exactly its share.", FIXED)
     seed: int = option(1234, "Seed of the data order.", FIXED)
@@ -151,7 +155,12 @@ class ValidationConfig:
 
     every: int = option(100, "Steps between two evaluations; 0 evaluates only at the end.")
     tokens_per_source: int = option(16_384, "Held-out tokens read of each source.")
-    baselines: bool = option(False, "Train bigram and trigram models on the consumed tokens at the end, to compare with.")
+    prompts: list[str] = option(
+        list, "Prompts that are continued when the run is finished, with the options of `generate`."
+    )
+    baselines: bool = option(
+        False, "Train bigram and trigram models on the consumed tokens at the end, to compare with."
+    )
 
 
 @dataclass
@@ -177,7 +186,9 @@ class ClusterConfig:
     """The machine."""
 
     gpus: int = option(1, "Ranks: GPUs, or CPU processes where there is no GPU.")
-    peak_tflops: Optional[float] = option(None, "Dense peak of one rank in TFLOP/s; null measures (CPU) or looks up (GPU).")
+    peak_tflops: Optional[float] = option(
+        None, "Dense peak of one rank in TFLOP/s; null measures (CPU) or looks up (GPU)."
+    )
     threads_per_rank: Optional[int] = option(None, "CPU threads of a rank; null divides the machine's cores.")
     timeout_seconds: int = option(600, "Longest wait of a rank for the others.")
 
@@ -194,7 +205,9 @@ class LaunchConfig:
 class RunConfig:
     """Identity of a run."""
 
-    name: Optional[str] = option(None, "Name of the run; null means the recipe's name, and the overrides under --multirun.")
+    name: Optional[str] = option(
+        None, "Name of the run; null means the recipe's name, and the overrides under --multirun."
+    )
     dir: str = option("runs", "Directory that holds the runs.")
     seed: int = option(1234, "Seed of the initial weights.", FIXED)
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from math import isfinite
 from typing import Any
-
-import numpy as np
 
 from nano_pretrain.report.record import Record, mapping, number
 
@@ -24,10 +23,11 @@ class Span:
 
 @dataclass(frozen=True)
 class Mark:
-    """A token count at which the learning rate turns."""
+    """A token count at which the learning rate turns; the text has room `after` or before it, below the line."""
 
     tokens: float
     text: str
+    after: bool
 
 
 def spans(record: Record) -> list[Span]:
@@ -56,10 +56,11 @@ def schedule_marks(record: Record) -> list[Mark]:
     for stage in map(mapping, mapping(record.recipe.get("stages")).values()):
         schedule, tokens = mapping(stage.get("schedule")), number(stage.get("tokens"))
         warmup, decay = number(schedule.get("warmup_tokens")), number(schedule.get("decay_tokens"))
+        stable = schedule.get("kind") == "wsd"
         if warmup > 0:
-            marks.append(Mark(start + warmup, "warm-up ends"))
-        if decay > 0 and schedule.get("kind") == "wsd":
-            marks.append(Mark(start + tokens - decay, "decay begins"))
+            marks.append(Mark(start + warmup, "warm-up to stable" if stable else "warm-up ends", after=True))
+        if decay > 0 and stable:
+            marks.append(Mark(start + tokens - decay, "stable to decay", after=False))
         start += tokens
     return marks
 
@@ -98,4 +99,4 @@ def _ledger_shares(record: Record, stage: str, phase: str) -> dict[str, float]:
 def _shares(weights: object) -> dict[str, float]:
     known = {name: number(weight) for name, weight in mapping(weights).items()}
     total = sum(known.values())
-    return {name: weight / total for name, weight in known.items()} if np.isfinite(total) and total > 0 else {}
+    return {name: weight / total for name, weight in known.items()} if isfinite(total) and total > 0 else {}

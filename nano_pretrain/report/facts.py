@@ -154,7 +154,7 @@ def _blend_card(record: Record) -> Card:
 
 
 def _compare(value: float, baseline: float) -> str:
-    return f"{words.percent(abs(1 - value / baseline))} {'below' if value < baseline else 'above'}"
+    return f"{words.percent(abs(words.change(value, baseline)))} {'below' if value < baseline else 'above'}"
 
 
 def _exit_card(record: Record) -> Card:
@@ -175,7 +175,7 @@ def _heldout_row(record: Record, name: str | None, values: list[float]) -> tuple
         "blend" if name is None else name,
         words.decimal(first),
         words.decimal(last),
-        f"{100 * (last / first - 1):+.1f} %" if isfinite(first) else "",
+        f"{100 * change:+.1f} %" if isfinite(change := words.change(last, first)) else "",
         *(words.decimal(value) if isfinite(value) else "" for value in baselines),
         against,
     )

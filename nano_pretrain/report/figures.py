@@ -82,21 +82,12 @@ def learning_rate_figure(record: Record) -> Figure:
     ax.set_ylim(0, 1.08 * float(np.nanmax(np.where(np.isfinite(steps.lr), steps.lr, 0))) or 1)
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
     _finish([ax], record, consumed=False)
-    for mark in schedule_marks(record):
+    end = ax.get_xlim()[1]
+    for mark in (mark for mark in schedule_marks(record) if 0 < mark.tokens < end):
         ax.axvline(mark.tokens, color=ALARM, linewidth=1, linestyle=(0, (4, 3)))
-        before = mark.text.startswith("decay")
-        ax.annotate(
-            mark.text,
-            (mark.tokens, 0.04),
-            (-3 if before else 3, 0),
-            ("data", "axes fraction"),
-            "offset points",
-            rotation=90,
-            ha="right" if before else "left",
-            va="bottom",
-            fontsize=8,
-            color=ALARM,
-        )
+        offset, side = ((3, 0), "left") if mark.after else ((-3, 0), "right")
+        style: Any = {"rotation": 90, "ha": side, "va": "bottom", "fontsize": 8, "color": ALARM}
+        ax.annotate(mark.text, (mark.tokens, 0.04), offset, ("data", "axes fraction"), "offset points", **style)
     ax.set_ylabel("learning rate", color=INK)
     return figure
 

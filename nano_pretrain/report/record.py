@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from math import isfinite, nan
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,12 @@ def read_record(run_dir: Path) -> Record:
 
 def number(value: object) -> float:
     """The value as a float, NaN when it is none."""
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else float("nan")
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return nan
+    try:
+        return float(value)
+    except OverflowError:  # JSON knows whole numbers that no float can hold.
+        return nan
 
 
 def mapping(value: object) -> dict[str, Any]:
@@ -156,7 +162,7 @@ def _line(text: str) -> dict[str, Any]:
 
 
 def _steps(lines: list[dict[str, Any]]) -> Steps:
-    lines = [line for line in lines if np.isfinite(number(line.get("tokens")))]
+    lines = [line for line in lines if isfinite(number(line.get("tokens")))]
     return Steps(
         tokens=_column(lines, "tokens"),
         loss=_column(lines, "loss"),
@@ -183,7 +189,7 @@ def _evaluations(lines: list[dict[str, Any]]) -> list[Evaluation]:
             blend=number(mapping(line.get("blend")).get("bits_per_byte")),
         )
         for line in lines
-        if np.isfinite(number(line.get("tokens")))
+        if isfinite(number(line.get("tokens")))
     ]
 
 

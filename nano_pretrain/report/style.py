@@ -49,8 +49,10 @@ def looks(names: Sequence[str]) -> dict[str, Look]:
 
 
 def plain(text: str) -> str:
-    """A name as a label: matplotlib would read a pair of dollar signs as mathematics, and must fit it in."""
-    return (text if len(text) <= 24 else text[:23] + "…").replace("$", r"\$")
+    """A name as a short label: matplotlib reads pairs of dollar signs as mathematics and hides names in `_`."""
+    line = " ".join(text.split())
+    short = line if len(line) <= 24 else line[:23] + "…"
+    return (" " if short.startswith("_") else "") + short.replace("$", r"\$")
 
 
 def new_figure(height: float, panels: int = 1, right: float = 0.97) -> tuple[Figure, list[Axes]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
-from math import isfinite
+from math import isfinite, nan
 
 _UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))
 NOT_KNOWN = "not recorded"
@@ -30,9 +30,14 @@ def percent(fraction: float, digits: int = 1) -> str:
     return f"{100 * fraction:.{digits}f} %" if isfinite(fraction) else NOT_KNOWN
 
 
+def change(value: float, reference: float) -> float:
+    """How far a value lies above (positive) or below its reference, as a fraction of it; NaN without a reference."""
+    return value / reference - 1 if reference else nan
+
+
 def duration(seconds: float) -> str:
     """Days, hours, minutes and seconds, down to whole seconds."""
-    return str(timedelta(seconds=round(seconds))) if isfinite(seconds) and seconds < 1e13 else NOT_KNOWN
+    return str(timedelta(seconds=round(seconds))) if abs(seconds) < 1e13 else NOT_KNOWN
 
 
 def moment(value: object) -> str:

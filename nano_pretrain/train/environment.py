@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from nano_pretrain.plan.params import count_parameters
 from nano_pretrain.train.session import Session
 
 PACKAGES = (
@@ -37,6 +38,7 @@ def environment(session: Session) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads_per_rank": torch.get_num_threads(),
         "layout": session.layout_summary(),
+        "parameters": count_parameters(session.recipe.model).total,
         "command": sys.argv,
     }
 

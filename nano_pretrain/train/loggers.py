@@ -48,7 +48,13 @@ class ProgressBar:
         where = f"step {session.step:,}, {session.tokens:,} of {self.total:,} tokens"
         print(f"{session.directory}: {'continuing at' if session.step else 'starting at'} {where}", flush=True)
         if sys.stdout.isatty():
-            columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), _Summary()
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TaskProgressColumn(),
+                TimeRemainingColumn(),
+                _Summary(),
+            )
             self._bar = Progress(*columns)
             self._bar.start()
             self._task = self._bar.add_task("", total=self.total, completed=session.tokens)
@@ -64,7 +70,10 @@ class ProgressBar:
             self._bar.update(self._task, completed=record.tokens, description=description, summary=summary)
         elif stopping or session.finished or time.monotonic() - self._last_line >= PLAIN_INTERVAL_SECONDS:
             self._last_line = time.monotonic()
-            print(f"{record.stage}/{record.phase}  {record.tokens / self.total:4.0%}  {summary}  {self._left(record)}", flush=True)
+            print(
+                f"{record.stage}/{record.phase}  {record.tokens / self.total:4.0%}  {summary}  {self._left(record)}",
+                flush=True,
+            )
 
     def on_end(self, session: Session) -> None:
         """Leave the terminal in order."""

@@ -32,7 +32,9 @@ class Ending:
     reason: str
 
 
-def run_loop(session: Session, reader: BatchReader, callbacks: Sequence[Callback], request: StopRequest) -> Ending | None:
+def run_loop(
+    session: Session, reader: BatchReader, callbacks: Sequence[Callback], request: StopRequest
+) -> Ending | None:
     """Train until the tokens are consumed, a stop is requested, or the next stage needs another layout.
 
     Returns:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +15,7 @@ from nano_pretrain.checkpoint.sharded import load_newest
 from nano_pretrain.data.curriculum import Curriculum
 from nano_pretrain.data.ledger import ledger
 from nano_pretrain.data.loader import BatchReader
-from nano_pretrain.data.shards import Corpus, open_corpus
+from nano_pretrain.data.shards import open_corpus
 from nano_pretrain.evaluate.heldout import HeldOut
 from nano_pretrain.parallel.groups import Ranks, data_parallel_place, process_groups, ranks_from_environment
 from nano_pretrain.platform import Platform, current_platform
@@ -52,8 +51,6 @@ def train(recipe: Recipe, directory: Path) -> int:
     """
     request = StopRequest()
     request.listen()
-    # megatron-core calls collectives by names that torch 2.13 has renamed.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     ranks = ranks_from_environment()
     with ExitStack() as stack:
         if ranks.is_first:
@@ -61,11 +58,21 @@ def train(recipe: Recipe, directory: Path) -> int:
         ending = _Exit(directory, ranks)
         stack.enter_context(ending)
         ending.code, ending.reason = _train(recipe, directory, ranks, request, ending)
-    if ending.code == EXIT_DONE and ranks.is_first:
-        from nano_pretrain.report import render_report
-
-        print(f"report: {render_report(directory)}", flush=True)
+        if ending.code == EXIT_DONE and ranks.is_first:
+            _show(recipe, directory)
     return ending.code
+
+
+def _show(recipe: Recipe, directory: Path) -> None:
+    """Samples and report of a finished run."""
+    from nano_pretrain.evaluate.generate import generate
+    from nano_pretrain.report import render_report
+
+    if recipe.validation.prompts:
+        for text in generate(recipe, recipe.generate, directory, recipe.validation.prompts):
+            print(f"\n--- sample ---\n{text}", flush=True)
+        print()
+    print(f"report: {render_report(directory)}", flush=True)
 
 
 class _Exit:
@@ -112,7 +119,10 @@ def _train(recipe: Recipe, directory: Path, ranks: Ranks, request: StopRequest, 
         stopped = run_loop(session, reader, _callbacks(session, heldout), request)
         if stopped is not None:
             if ranks.is_first:
-                print(f"{directory}: {stopped.reason}; checkpoint at {session.tokens:,} tokens, run again to continue", flush=True)
+                print(
+                    f"{directory}: {stopped.reason}; checkpoint at {session.tokens:,} tokens, run again to continue",
+                    flush=True,
+                )
             return EXIT_CONTINUE, stopped.reason
         _finish(session, heldout)
     return EXIT_DONE, "finished"
@@ -182,5 +192,7 @@ def _finish(session: Session, heldout: HeldOut) -> None:
         from nano_pretrain.evaluate.baselines import MAX_TOKENS, ngram_baselines
 
         if session.curriculum.total_tokens <= MAX_TOKENS:
-            write_json(session.directory / "baselines.json", ngram_baselines(session.corpus, session.curriculum, heldout))
+            write_json(
+                session.directory / "baselines.json", ngram_baselines(session.corpus, session.curriculum, heldout)
+            )
     dist.barrier()

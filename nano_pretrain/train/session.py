@@ -98,5 +98,3 @@ class Callback(Protocol):
 
     def on_end(self, session: Session) -> None:
         """After the last step of this process, also when it stops on request."""
-
-

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from rank_programs import STOPS_ON_REQUEST, alive, program
 
 from nano_pretrain.launch import supervise
 from nano_pretrain.launch.local import launch_local
 from nano_pretrain.recipe.errors import UserError
+from tests.launch.rank_programs import STOPS_ON_REQUEST, alive, program
 
 Launch = Callable[..., int]
 

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from rank_programs import STOPS_ON_REQUEST, alive, program
+
+from tests.launch.rank_programs import STOPS_ON_REQUEST, alive, program
 
 _DIES_WITH_PARENT = """
 from nano_pretrain.launch.parent import die_with_parent

@@ -1,7 +1,7 @@
 from fractions import Fraction
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nano_pretrain.schedule.clock import TokenClock
@@ -16,6 +16,7 @@ def test_the_12b_takes_3_317_128_steps_and_one_for_the_rest() -> None:
 
 
 @given(CLOCKS)
+@settings(deadline=None)
 def test_the_last_step_is_whole_and_needed(clock: TokenClock) -> None:
     consumed = clock.end_tokens - clock.start_tokens
     assert consumed % clock.tokens_per_step == 0
@@ -23,6 +24,7 @@ def test_the_last_step_is_whole_and_needed(clock: TokenClock) -> None:
 
 
 @given(CLOCKS, st.fractions(0, 10**14))
+@settings(deadline=None)
 def test_the_first_step_from_a_boundary_starts_there_or_after(clock: TokenClock, boundary: Fraction) -> None:
     step = clock.first_step_from(boundary)
     assert step * clock.tokens_per_step >= boundary
@@ -30,6 +32,7 @@ def test_the_first_step_from_a_boundary_starts_there_or_after(clock: TokenClock,
 
 
 @given(CLOCKS, st.data())
+@settings(deadline=None)
 def test_step_at_inverts_the_borders(clock: TokenClock, data: st.DataObject) -> None:
     step = data.draw(st.integers(0, clock.steps))
     assert clock.step_at(clock.start_tokens + step * clock.tokens_per_step) == step

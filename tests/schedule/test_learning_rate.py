@@ -1,7 +1,7 @@
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nano_pretrain.recipe.errors import RecipeError
@@ -81,6 +81,7 @@ def schedules(draw: st.DrawFn) -> tuple[ScheduleConfig, int]:
 
 
 @given(schedules(), st.data())
+@settings(deadline=None)
 def test_the_rate_rises_through_the_warm_up_and_never_after(
     drawn: tuple[ScheduleConfig, int], data: st.DataObject
 ) -> None:

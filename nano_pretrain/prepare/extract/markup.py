@@ -20,7 +20,7 @@ VERBATIM = frozenset({"pre", "screen", "literallayout", "programlisting"})
 HIDDEN = frozenset({"script", "style", "revhistory", "mediaobject"})
 QUOTES = frozenset({"quote", "q"})
 
-_MARKUP = re.compile(r"(<!--.*?-->|</?[A-Za-z][^<>]*>)", re.DOTALL)
+_MARKUP = re.compile(r"(<!--.*?-->|<[?!][^>]*>|</?[A-Za-z][^<>]*>)", re.DOTALL)
 _TAG = re.compile(r"<(/?)([A-Za-z][\w:-]*)")
 
 

@@ -1,0 +1,39 @@
+# Every target sets up what it is missing. `make pretrain` is the main job, `make test` the tests.
+
+PYTHON ?= python3.11
+# On Linux a bare `torch` brings gigabytes of CUDA; name another build here, for example TORCH="torch==2.13.0+cu130".
+TORCH ?= torch==2.13.0
+RECIPE ?= tiny
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: setup pretrain test test-full check bench clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $(READY)
+
+pretrain: $(READY)
+	$(BIN)/nano-pretrain prepare recipe=$(RECIPE)
+	$(BIN)/nano-pretrain launch recipe=$(RECIPE)
+
+test: $(READY)
+	$(BIN)/pytest -m 'not full'
+
+test-full: $(READY)
+	$(BIN)/pytest
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks.step
+
+clean:
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
