@@ -36,7 +36,8 @@ nano-pretrain VERB --help        the fields of the chosen recipe
 nano-pretrain VERB --cfg job     print the composed recipe and stop
 nano-pretrain VERB --multirun optimizer.beta2=0.95,0.99    one run after the other, each with a name of its own
 
-Exit codes: 0 done, 2 wrong input, 75 stopped on request after a whole checkpoint (run again to continue), 1 anything else."""
+Exit codes: 0 done, 2 wrong input, 75 stopped on request after a whole checkpoint (run again to continue), 1 anything
+else."""
 
 
 def main() -> NoReturn:
@@ -162,7 +163,7 @@ def _job(verb: str, config: DictConfig) -> int:
 
 
 def _run_name(recipe: Recipe, choice: str, swept: Sequence[str]) -> str:
-    """The given name or the recipe's; under --multirun followed by the overrides, so that no two jobs share a directory."""
+    """The given name or the recipe's; under --multirun followed by the overrides: no two jobs share a directory."""
     name = recipe.run.name or choice
     parts = [part for part in swept if not part.startswith(("recipe=", "run.name=", "run.dir="))]
     return re.sub(r"[^A-Za-z0-9_=.,+-]", "_", "-".join([name, *parts]))[:200]

@@ -21,7 +21,7 @@ BLEND = "{alpha: 0.5, beta: 0.3, gamma: 0.2}"
 
 
 def write_corpus(path: Path, documents: int = 60, seed: int = 0) -> Path:
-    """Three sources of random walks over the vocabulary, each with a step pattern of its own, so that there is much to learn."""
+    """Three sources of random walks over the vocabulary, each with a step of its own: there is much to learn."""
     for split in ("train", "heldout"):
         (path / split).mkdir(parents=True)
     tokenizer = _write_tokenizer(path / "tokenizer.json")

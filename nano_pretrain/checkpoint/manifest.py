@@ -1,4 +1,4 @@
-"""The list of a checkpoint's files with sizes and hashes, and which checkpoints of a run are whole; imports no torch."""
+"""A checkpoint's list of files with sizes and hashes, and which checkpoints of a run are whole; imports no torch."""
 
 from __future__ import annotations
 

@@ -86,14 +86,14 @@ def continuation(model: Any, prompt: list[int], options: GenerateConfig, eod_id:
 
 @torch.no_grad()
 def next_logits(model: Any, tokens: Tensor, context: Any) -> Tensor:
-    """Logits of the token after `tokens` [batch, new tokens], which continue what the context has seen: [batch, vocab]."""
+    """Logits [batch, vocab] after `tokens` [batch, new tokens], which continue what the context has seen."""
     logits: Tensor = model(tokens, None, None, inference_context=context, runtime_gather_output=True)
     context.increment_sequence_len_offset(tokens.shape[1])
     return logits[:, -1]
 
 
 def sample(logits: Tensor, options: GenerateConfig, generator: torch.Generator) -> int:
-    """A token id: the likeliest at temperature 0, else from the smallest set with probability top_p (Holtzman et al. 2020).
+    """A token id: the likeliest at temperature 0, else from the nucleus of top_p (Holtzman et al. 2020).
 
     Args:
         logits: [vocab].

@@ -9,10 +9,11 @@ import torch
 
 
 class FusedAdam(torch.optim.Optimizer):
-    """AdamW (Loshchilov and Hutter 2019) whose `step` belongs to the parameter group, as in apex and Transformer Engine.
+    """AdamW (Loshchilov and Hutter 2019) whose `step` belongs to the parameter group.
 
-    megatron-core's distributed optimizer shards `exp_avg` and `exp_avg_sq` and keeps the group's `step` as common state;
-    with `torch.optim.AdamW`, where `step` is a tensor of each parameter, a resumed run counts it wrongly.
+    That is FusedAdam's layout in apex and Transformer Engine. megatron-core's distributed optimizer shards `exp_avg`
+    and `exp_avg_sq` and keeps the group's `step` as common state; with `torch.optim.AdamW`, where `step` is a tensor of
+    each parameter, a resumed run counts it wrongly.
 
     Args:
         params: parameters or parameter groups.

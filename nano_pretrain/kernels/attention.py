@@ -12,9 +12,9 @@ from torch import Tensor, nn
 class CausalAttention(nn.Module):
     """Core attention with grouped queries; memory grows linearly with the sequence, no mask is ever built.
 
-    Takes the place of megatron-core's DotProductAttention, which holds all scores, and has its constructor. The documents
-    of packed samples are a loop of causal calls. BF16 inputs are computed in FP32: the BF16 flash kernel of CPU torch
-    accumulates the key and value gradients in BF16 (error 7e-3 against 1.7e-3, growing with the length).
+    Takes the place of megatron-core's DotProductAttention, which holds all scores, and has its constructor. The
+    documents of packed samples are a loop of causal calls. BF16 inputs are computed in FP32: the BF16 flash kernel of
+    CPU torch accumulates the key and value gradients in BF16 (error 7e-3 against 1.7e-3, growing with the length).
 
     Args:
         config: megatron-core's TransformerConfig.

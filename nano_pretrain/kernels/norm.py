@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension, computed in at least fp32 (Zhang and Sennrich 2019)."""
+    """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension, in at least fp32 (Zhang and Sennrich 2019)."""
     wide = torch.promote_types(x.dtype, torch.float32)
     x_ = x.to(wide)
     scale = torch.rsqrt(x_.square().mean(-1, keepdim=True) + eps)
@@ -18,7 +18,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def gated_rms_norm(x: Tensor, z: Tensor | None, weight: Tensor, eps: float, group_size: int) -> Tensor:
-    """`rms_norm(x silu(z))` over groups of channels: the gate comes before the norm (Mamba-2 with norm_before_gate=False).
+    """`rms_norm(x silu(z))` over groups of channels: the gate comes before the norm, as in Mamba-2.
 
     Args:
         x: [..., channels].

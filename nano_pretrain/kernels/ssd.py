@@ -1,8 +1,9 @@
 """The chunked selective scan of Mamba-2 (state-space duality) as batched matrix products.
 
-Source: Dao and Gu, "Transformers are SSMs" (2024), section 6: block decomposition of the semiseparable matrix. A chunk is
-64 tokens whatever the model's nominal chunk size is (the result does not depend on it). The heads of a group lie side by
-side in the columns of each product, so B and C are never copied per head; only the decay matrix is per head.
+Source: Dao and Gu, "Transformers are SSMs" (2024), section 6: block decomposition of the semiseparable matrix. A
+chunk is 64 tokens whatever the model's nominal chunk size is (the result does not depend on it). The heads of a group
+lie side by side in the columns of each product, so B and C are never copied per head; only the decay matrix is per
+head.
 
 Dimension suffixes: b batch, c chunk, l tokens (q, k inside a chunk), g groups, r heads per group, h = g r heads,
 p channels of a head, n state size.

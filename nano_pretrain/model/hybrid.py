@@ -32,7 +32,7 @@ class HybridModel(MambaModel):
         self.true_vocab_size = true_vocab_size
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
-        """Loss of each token in nats [batch, length] from labels of that shape and local logits [length, batch, vocab / TP]."""
+        """Loss of each token in nats [batch, length], from labels and local logits [length, batch, vocab / TP]."""
         first = self.pg_collection.tp.rank() * logits.shape[-1]
         valid = max(0, self.true_vocab_size - first)
         if valid < logits.shape[-1]:

@@ -1,7 +1,8 @@
 """Initial weights that depend on the seed and the parameter's name, and on nothing of the layout.
 
-Every rank draws the full tensor of each parameter from a generator of its own, seeded by name, and keeps its shard; names
-and shards are those of the sharded checkpoint, so tensor- and pipeline-parallel ranks agree with a single one bit for bit.
+Every rank draws the full tensor of each parameter from a generator of its own, seeded by name, and keeps its shard;
+names and shards are those of the sharded checkpoint, so tensor- and pipeline-parallel ranks agree with a single one
+bit for bit.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ def initialise_weights(model: Any, config: ModelConfig, seed: int) -> None:
     """Fill every parameter in place.
 
     Normal(0, init_std) for embedding, head and linears, divided by sqrt(layers) where the output joins the residual
-    stream (megatron-core's rule for hybrids); Mamba-2's own as in megatron-core's mixer: A ~ U(1, 16), D = 1, dt_bias the
-    inverse softplus of a log-uniform step in [1e-3, 1e-1], convolution uniform in +-1/sqrt(width); norms 1; rows of the
-    vocabulary padding 0.
+    stream (megatron-core's rule for hybrids). Mamba-2's own as in megatron-core's mixer: A uniform in [1, 16], D = 1,
+    dt_bias the inverse softplus of a log-uniform step in [1e-3, 1e-1], convolution uniform within 1 / sqrt(width).
+    Norms 1; rows of the vocabulary padding 0.
 
     Args:
         model: megatron-core model of this rank.

@@ -52,7 +52,7 @@ class DocumentMixer(MambaMixer):
         return out
 
     def _get_states_from_cache(self, inference_context: Any, batch_size: int, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Convolution and scan state of static inference; the scan's is FP32, since errors in it add up over the text."""
+        """Convolution and scan state of static inference; the scan's is FP32: errors in it add up over the text."""
         conv_state, ssm_state = super()._get_states_from_cache(inference_context, batch_size, **kwargs)
         if ssm_state.dtype != torch.float32:
             ssm_state = ssm_state.float()

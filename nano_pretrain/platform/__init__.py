@@ -8,7 +8,7 @@ __all__ = ["Platform", "current_platform"]
 
 
 def current_platform() -> Platform:
-    """The platform of this process: CUDA where torch sees a device, else the CPU; megatron-core is ready to import after it."""
+    """The platform of this process: CUDA where torch sees a device, else the CPU."""
     import torch
 
     _silence_known_warnings()

@@ -1,9 +1,9 @@
 """megatron-core on a machine without CUDA: every adaptation it needs, each with its reason.
 
-Nothing here is applied where CUDA exists, and nothing outside `megatron.core` is changed for good: its modules get a view
-of torch in which the CUDA device is the CPU, and the few names it imports from mamba-ssm, Transformer Engine and apex are
-set to portable ones. `ADAPTATIONS` lists them; tests/platform/test_cpu.py shows that each is still needed and still fits
-megatron-core 0.16.
+Nothing here is applied where CUDA exists, and nothing outside `megatron.core` is changed for good: its modules get a
+view of torch in which the CUDA device is the CPU, and the few names it imports from mamba-ssm, Transformer Engine and
+apex are set to portable ones. `ADAPTATIONS` lists them; tests/platform/test_cpu.py shows that each is still needed
+and still fits megatron-core 0.16.
 """
 
 from __future__ import annotations
@@ -198,7 +198,7 @@ def final_norm(view: ModuleType) -> None:
 
 
 def fused_adam(view: ModuleType) -> None:
-    """Adam: with `torch.optim.AdamW` the distributed optimizer's resume is broken (its `step` is state of a parameter)."""
+    """Adam: with torch's AdamW the distributed optimizer's resume is broken: `step` is state of a parameter there."""
     from nano_pretrain.kernels.adam import FusedAdam
 
     package = importlib.import_module("megatron.core.optimizer")
@@ -230,7 +230,7 @@ def adapt_megatron() -> None:
 
 @contextmanager
 def tensors_as_cuda() -> Iterator[None]:
-    """Tensors: the optimizers compare `Tensor.type()` with names such as torch.cuda.FloatTensor, and call `Tensor.cuda()`."""
+    """Tensors: the optimizers compare `Tensor.type()` with torch.cuda.FloatTensor, and call `Tensor.cuda()`."""
     original_type, original_cuda = torch.Tensor.type, torch.Tensor.cuda
 
     def type_name(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -255,7 +255,8 @@ class CpuPlatform:
 
     def prepare(self, local_rank: int, threads: int | None) -> torch.device:
         """Set the thread count, flush denormals, adapt megatron-core."""
-        # Decay products underflow; without flushing, denormals make the scan up to 2.5 times slower. Before any parallel region.
+        # Decay products underflow; without flushing, denormals make the scan up to 2.5 times slower. Before any
+        # parallel region.
         torch.set_flush_denormal(True)
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_ranks))

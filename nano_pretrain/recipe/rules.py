@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
@@ -12,12 +13,22 @@ from nano_pretrain.recipe.errors import RecipeError
 from nano_pretrain.recipe.pattern import count_layers
 from nano_pretrain.recipe.schema import ModelConfig, ParallelConfig, Recipe, StageConfig
 
-POSITIVE = frozenset(
-    ["hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "head_dim", "mamba_num_heads", "mamba_head_dim", "mamba_num_groups", "mamba_state_dim", "mamba_conv_width", "norm_epsilon", "init_std", "tensor", "pipeline", "context", "eps", "clip_grad", "lr", "tokens", "sequence_length", "micro_batch_size", "global_batch_size", "gpus", "train_bytes", "max_bytes_per_source", "max_epochs", "quota_window", "tokens_per_source", "keep", "timeout_seconds", "threads_per_rank", "peak_tflops", "max_new_tokens", "grace_seconds", "share"]
-)
-NOT_NEGATIVE = frozenset(
-    ["bf16_first_linears", "bf16_last_linears", "weight_decay", "min_lr", "warmup_tokens", "decay_tokens", "every", "temperature"]
-)
+POSITIVE = frozenset({
+    "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "head_dim", "mamba_num_heads",
+    "mamba_head_dim", "mamba_num_groups", "mamba_state_dim", "mamba_conv_width", "norm_epsilon", "init_std", "tensor",
+    "pipeline", "context", "eps", "clip_grad", "lr", "tokens", "sequence_length", "micro_batch_size",
+    "global_batch_size", "gpus", "train_bytes", "max_bytes_per_source", "max_epochs", "quota_window",
+    "tokens_per_source", "keep", "timeout_seconds", "threads_per_rank", "peak_tflops", "max_new_tokens",
+    "grace_seconds", "share",
+})  # fmt: skip
+"""Last names of the fields that must be above 0."""
+
+NOT_NEGATIVE = frozenset({
+    "bf16_first_linears", "bf16_last_linears", "weight_decay", "min_lr", "warmup_tokens", "decay_tokens", "every",
+    "temperature",
+})  # fmt: skip
+"""Last names of the fields that must be 0 or above."""
+
 CHOICES = {
     "precision.name": ("fp32", "bf16", "fp8_blockwise", "fp8_current_scaling"),
     "data.document_boundaries": ("ignore", "reset"),
@@ -57,7 +68,7 @@ def _check_number(name: str, value: Any) -> None:
     last = name.rpartition(".")[2]
     if value is None or isinstance(value, bool) or not isinstance(value, (int, float)):
         return
-    if value != value or value in (float("inf"), float("-inf")):
+    if not math.isfinite(value):
         raise RecipeError(name, f"{value} is not a finite number", "write a number")
     if last in POSITIVE and value <= 0:
         raise RecipeError(name, f"{value} is not positive", "write a number above 0")
@@ -177,7 +188,8 @@ def check_ranks(field: str, prefix: str, stage: StageConfig, layout: ParallelCon
     if stage.global_batch_size % together:
         raise RecipeError(
             f"{field}.global_batch_size",
-            f"{stage.global_batch_size} is not divisible by {data_parallel} data-parallel ranks x micro_batch_size {stage.micro_batch_size}",
+            f"{stage.global_batch_size} is not divisible by {data_parallel} data-parallel ranks x "
+            f"micro_batch_size {stage.micro_batch_size}",
             f"write a multiple of {together}, or change micro_batch_size or the number of ranks",
         )
     shards = layout.tensor * (2 * layout.context if layout.context > 1 else 1)

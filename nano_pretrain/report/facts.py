@@ -113,7 +113,7 @@ def consumed_tokens(record: Record) -> float:
 
 def _tokens_card(record: Record) -> Card:
     tokens, planned = consumed_tokens(record), planned_tokens(record)
-    steps = f"{len(record.steps):,} steps"
+    steps = "1 step" if len(record.steps) == 1 else f"{len(record.steps):,} steps"
     note = f"{words.percent(tokens / planned)} of {words.count(planned)}, {steps}" if planned > 0 <= tokens else steps
     return Card("Tokens", words.count(tokens), note)
 

@@ -182,10 +182,10 @@ def _finish(axes: list[Axes], record: Record, *, consumed: bool) -> None:
 def _raw_and_smooth(ax: Axes, tokens: Floats, values: Floats) -> None:
     width = window(len(values))
     ax.plot(*thin(tokens, values), color=LINE, alpha=0.3, linewidth=0.8, label="each step", **_points(len(values)))
-    ax.plot(*thin(tokens, smooth(values, width)), color=LINE, linewidth=1.8, label=f"mean of {width} steps")
+    ax.plot(*thin(tokens, smooth(values, width)), color=LINE, linewidth=1.8, label=f"mean of {width:,} steps")
     broken = tokens[~np.isfinite(values)]
     if len(broken):
-        _mark(ax, broken, 0.03, "x", f"not a number: {len(broken)} steps")
+        _mark(ax, broken, 0.03, "x", f"steps without a number: {len(broken)}")
 
 
 def _points(count: int) -> dict[str, Any]:
@@ -202,7 +202,7 @@ def _limit_to_smooth(ax: Axes, tokens: Floats, values: Floats) -> None:
     ax.set_ylim(max(float(finite.min()), low - room) - 0.05 * room, min(float(finite.max()), high + room) + 0.05 * room)
     above = tokens[np.isfinite(values) & (values > high + room)]
     if len(above):
-        _mark(ax, above, 0.98, "^", f"above this axis: {len(above)} steps")
+        _mark(ax, above, 0.98, "^", f"steps above this axis: {len(above)}")
 
 
 def _mark(ax: Axes, tokens: Floats, height: float, marker: str, label: str) -> None:

@@ -31,7 +31,8 @@ def only_trainer(run_dir: Path) -> Iterator[None]:
             lock.seek(0)
             holder = lock.read().strip() or "unknown"
             raise UserError(
-                f"run.name: another trainer (process {holder}) is running in {run_dir}; wait for it or choose another run.name"
+                f"run.name: another trainer (process {holder}) is running in {run_dir}; "
+                "wait for it or choose another run.name"
             ) from None
         lock.truncate(0)
         lock.write(str(os.getpid()))

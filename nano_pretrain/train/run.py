@@ -144,8 +144,8 @@ def _resume(session: Session) -> None:
     if manifest is not None:
         if manifest.corpus != session.corpus.fingerprint:
             raise UserError(
-                f"data.path: the shards in {session.corpus.path} are not those the run in {session.directory} was trained on; "
-                "restore them or choose another run.name"
+                f"data.path: the shards in {session.corpus.path} are not those that the run in {session.directory} "
+                "was trained on; restore them or choose another run.name"
             )
         session.tokens, session.step, session.saved_tokens = manifest.tokens, manifest.step, manifest.tokens
     description = environment(session)

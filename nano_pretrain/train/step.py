@@ -167,7 +167,8 @@ def _forward_step(batches: Iterator[MicroBatch], model: Any, score: Any) -> tupl
 
 
 def _loss(batch: MicroBatch, score: Any, losses: Tensor) -> tuple[Tensor, Tensor, Any]:
-    # Three values and calculate_per_token_loss: with two, megatron-core multiplies the loss by the context-parallel size.
+    # Three values and calculate_per_token_loss: with two, megatron-core multiplies the loss by the context-parallel
+    # size.
     total = losses.float().sum()
     count = torch.tensor(losses.numel(), dtype=torch.int, device=losses.device)
     report = (total.detach(), count) if score is None else score(batch, losses.detach())

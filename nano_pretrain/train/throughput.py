@@ -26,7 +26,7 @@ class Throughput:
         self.peak_flops = all_ranks_max(peak, parameter.device) * session.ranks.world_size
 
     def measure(self, stage: StagePlan, seconds: float) -> tuple[float, float | None]:
-        """Tokens per second over all ranks, and the share of the peak that the model's FLOPs make, if the peak is known."""
+        """Tokens per second over all ranks, and the share of the peak that the model's FLOPs make, if that is known."""
         speed = stage.tokens_per_step / seconds
         flops = count_flops(self.session.recipe.model, stage.sequence_length).training
         return speed, speed * flops / self.peak_flops if self.peak_flops else None
