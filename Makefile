@@ -7,7 +7,7 @@ RECIPE ?= tiny
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup pretrain test test-full check bench clean
+.PHONY: setup pretrain test test-full test-gpu check bench bench-gpu clean
 
 setup: $(READY)
 
@@ -22,10 +22,14 @@ pretrain: $(READY)
 	$(BIN)/nano-pretrain launch recipe=$(RECIPE)
 
 test: $(READY)
-	$(BIN)/pytest -m 'not full'
+	$(BIN)/pytest -m 'not full and not gpu'
 
 test-full: $(READY)
-	$(BIN)/pytest
+	$(BIN)/pytest -m 'not gpu'
+
+test-gpu: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable '.[gpu]'
+	$(BIN)/pytest -m gpu
 
 check: $(READY)
 	$(BIN)/ruff check .
@@ -33,7 +37,11 @@ check: $(READY)
 	$(BIN)/mypy
 
 bench: $(READY)
-	$(BIN)/python -m benchmarks.step
+	$(BIN)/python -m benchmarks.step --precision fp32
+	$(BIN)/python -m benchmarks.step --precision bf16
+
+bench-gpu: $(READY)
+	$(BIN)/python -m benchmarks.step --precision bf16
 
 clean:
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

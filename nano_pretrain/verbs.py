@@ -6,9 +6,10 @@ import os
 import sys
 from pathlib import Path
 
-from nano_pretrain.recipe.derived import stage_ranks
+from nano_pretrain.recipe.derived import stage_layout, stage_ranks
 from nano_pretrain.recipe.errors import EXIT_CONTINUE, EXIT_DONE, UserError
 from nano_pretrain.recipe.load import check_same_run, recorded_recipe
+from nano_pretrain.recipe.rules import check_ranks
 from nano_pretrain.recipe.schema import Recipe
 
 
@@ -35,7 +36,8 @@ def train(recipe: Recipe, overrides: list[str]) -> int:
 
     die_with_parent()
     directory = run_directory(recipe)
-    if (code := _before_training(recipe, directory, int(os.environ.get("RANK", "0")) == 0)) is not None:
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if (code := _before_training(recipe, directory, int(os.environ.get("RANK", "0")) == 0, world_size)) is not None:
         return code
     from nano_pretrain.train.run import train as run_training
 
@@ -91,8 +93,21 @@ def report(recipe: Recipe, overrides: list[str]) -> int:
     return EXIT_DONE
 
 
-def _before_training(recipe: Recipe, directory: Path, speaks: bool) -> int | None:
-    """Everything that can be refused or answered without torch; the exit code where nothing is left to do."""
+def _before_training(recipe: Recipe, directory: Path, speaks: bool, world_size: int | None = None) -> int | None:
+    """Everything that can be refused or answered without torch.
+
+    Args:
+        recipe: the recipe.
+        directory: directory of the run.
+        speaks: whether this process prints.
+        world_size: ranks there are, or None where they are still to be started.
+
+    Returns:
+        The exit code where nothing is left to do, else None.
+
+    Raises:
+        UserError: something is wrong; nothing was written.
+    """
     from nano_pretrain.checkpoint.manifest import newest_tokens
     from nano_pretrain.data.curriculum import Curriculum
     from nano_pretrain.data.shards import open_corpus
@@ -117,4 +132,10 @@ def _before_training(recipe: Recipe, directory: Path, speaks: bool) -> int | Non
 
             print(f"{directory}: already finished at {done:,} tokens; report: {render_report(directory)}")
         return EXIT_DONE
+    if world_size is not None:
+        stage = curriculum.stage_at(done or 0)
+        prefix = f"stages.{stage.name}.parallel" if stage.config.parallel else "parallel"
+        check_ranks(
+            f"stages.{stage.name}", prefix, stage.config, stage_layout(recipe, stage.config), world_size, "started"
+        )
     return None

@@ -6,17 +6,16 @@ import errno
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from nano_pretrain.checkpoint.manifest import (
     MANIFEST,
-    FileEntry,
     Manifest,
     checkpoints_directory,
     damaged_files,
@@ -27,6 +26,8 @@ from nano_pretrain.checkpoint.manifest import (
 from nano_pretrain.recipe.errors import UserError
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 SHARDING = {
     # Optimizer states as one tensor per parameter: loads on any tensor, pipeline and data-parallel layout.
@@ -54,7 +55,13 @@ def sharded_state(model: Any, optimizer: Any, loading: bool) -> dict[str, Any]:
 
 
 def save_checkpoint(
-    run_dir: Path, model: Any, optimizer: Any, clock: tuple[int, int], layout: dict[str, Any], corpus: str
+    run_dir: Path,
+    model: Any,
+    optimizer: Any,
+    clock: tuple[int, int],
+    layout: dict[str, Any],
+    corpus: str,
+    expected_bytes: int,
 ) -> Path:
     """Write a checkpoint beside the others, list and hash its files, then give it its name.
 
@@ -65,6 +72,7 @@ def save_checkpoint(
         clock: tokens consumed and steps taken.
         layout: sizes of the layout, for the manifest.
         corpus: fingerprint of the corpus.
+        expected_bytes: about how large the checkpoint will be.
 
     Returns:
         The checkpoint's directory, `checkpoints/TOKENS`.
@@ -77,13 +85,17 @@ def save_checkpoint(
     tokens, step = clock
     final = checkpoints_directory(run_dir) / str(tokens)
     writing = final.with_name(f".writing-{tokens}")
-    with _collective(lambda: _remove(writing)):
-        _on_first_rank(lambda: _fresh(writing))
-    with _collective(lambda: _remove(writing)):
+    first = dist.get_rank() == 0
+    with _collective(writing):
+        if first:
+            _fresh(writing, expected_bytes)
+    with _collective(writing):
         dist_checkpointing.save(sharded_state(model, optimizer, loading=False), str(writing))
-    with _collective(lambda: _remove(writing)):
-        entries = _hash_shared(writing)
-        if dist.get_rank() == 0:
+    with _collective(writing):
+        mine = file_entries(writing, _share([str(p.relative_to(writing)) for p in writing.rglob("*") if p.is_file()]))
+    entries = {name: entry for part in _gather(mine) for name, entry in part.items()}
+    with _collective(writing):
+        if first:
             versions = {name: version(name) for name in VERSIONS}
             Manifest(tokens, step, layout, versions, corpus, entries).write(writing)
             _sync(writing)
@@ -133,38 +145,41 @@ def retain(run_dir: Path, keep: int) -> None:
 
 
 @contextmanager
-def _collective(clean_up: Callable[[], None]) -> Iterator[None]:
-    """Work that every rank must finish: if one fails, all raise, and the first rank cleans up."""
-    failure: BaseException | None = None
+def _collective(writing: Path) -> Iterator[None]:
+    """Work after which all ranks go on or none does; where one failed, what was written is removed.
+
+    The work may not communicate where it can fail on one rank alone: the others would wait for it.
+    """
+    failure: Exception | None = None
     try:
         yield
     except Exception as error:
         failure = error
-    text = "" if failure is None else f"{type(failure).__name__}: {failure}"
-    texts: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(texts, text)
-    found = [part for part in texts if part]
-    if not found:
+    reports = [text for text in _gather("" if failure is None else f"{type(failure).__name__}: {failure}") if text]
+    if not reports:
         return
     if dist.get_rank() == 0:
-        clean_up()
-    full = os.strerror(errno.ENOSPC)
-    if any(full in part or "file write failed" in part for part in found):
+        _remove(writing)
+    if any(os.strerror(errno.ENOSPC) in report or "file write failed" in report for report in reports):
         raise UserError(
             "run.dir: the disk is full, the checkpoint was not written; free space and run again"
         ) from failure
-    raise failure or RuntimeError(f"another rank failed to write a checkpoint: {found[0]}")
+    raise failure or RuntimeError(f"another rank failed to write a checkpoint: {reports[0]}")
 
 
-def _on_first_rank(work: Callable[[], None]) -> None:
-    if dist.get_rank() == 0:
-        work()
-    dist.barrier()
+def _gather(value: T) -> list[T]:
+    """The value of every rank."""
+    values = [value] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
-def _fresh(directory: Path) -> None:
+def _fresh(directory: Path, expected_bytes: int) -> None:
+    """An empty directory on a disk that has room: an error amid a collective write is much harder to end."""
     _remove(directory)
     directory.mkdir(parents=True)
+    if shutil.disk_usage(directory).free < expected_bytes:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(directory))
 
 
 def _remove(directory: Path) -> None:
@@ -177,16 +192,8 @@ def _share(names: list[str]) -> list[str]:
     return sorted(names)[dist.get_rank() :: dist.get_world_size()]
 
 
-def _hash_shared(directory: Path) -> dict[str, FileEntry]:
-    names = [str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()]
-    parts: list[dict[str, FileEntry]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(parts, file_entries(directory, _share(names)))
-    return {name: entry for part in parts for name, entry in part.items()}
-
-
 def _damaged(directory: Path, manifest: Manifest) -> list[str]:
-    parts: list[list[str]] = [[]] * dist.get_world_size()
-    dist.all_gather_object(parts, damaged_files(directory, _share(list(manifest.files)), manifest))
+    parts = _gather(damaged_files(directory, _share(list(manifest.files)), manifest))
     return [name for part in parts for name in part]
 
 

@@ -37,10 +37,6 @@ def fetch(packages: Iterable[Package], cache: Path, done: Callable[[Package], No
     Raises:
         UserError: a package is neither in the cache nor to be had; one line with pip's reason.
     """
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"data.cache_dir: cannot make {cache} ({error.strerror}); choose another directory") from error
     wanted = list(packages)
     with ThreadPoolExecutor(DOWNLOADS_AT_A_TIME) as pool:
         pending = [pool.submit(_fetch_one, package, cache) for package in wanted]
@@ -55,18 +51,24 @@ def fetch(packages: Iterable[Package], cache: Path, done: Callable[[Package], No
 
 
 def _fetch_one(package: Package, cache: Path) -> None:
-    target = cache / package.file
-    if target.is_file() and file_sha256(target) == package.sha256:
-        return
-    # Downloaded beside its place and renamed into it: a killed download never looks like a wheel.
-    with tempfile.TemporaryDirectory(prefix=".download-", dir=cache) as scratch:
-        _download(package, Path(scratch), damaged=target.exists())
-        fetched = Path(scratch) / package.file
-        if not fetched.is_file() or file_sha256(fetched) != package.sha256:
-            raise UserError(
-                f"{target}: the registry served another file; check name, file and sha256 in the corpus file"
-            )
-        fetched.replace(target)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        target = cache / package.file
+        if target.is_file() and file_sha256(target) == package.sha256:
+            return
+        # Downloaded beside its place and renamed into it: a killed download never looks like a wheel.
+        with tempfile.TemporaryDirectory(prefix=".download-", dir=cache) as scratch:
+            _replace(target, package, Path(scratch))
+    except OSError as error:
+        raise UserError(f"data.cache_dir: cannot use {cache} ({error.strerror}); choose another directory") from error
+
+
+def _replace(target: Path, package: Package, scratch: Path) -> None:
+    _download(package, scratch, damaged=target.exists())
+    fetched = scratch / package.file
+    if not fetched.is_file() or file_sha256(fetched) != package.sha256:
+        raise UserError(f"{target}: the registry served another file; check name, file and sha256 in the corpus file")
+    fetched.replace(target)
 
 
 def _download(package: Package, scratch: Path, *, damaged: bool) -> None:

@@ -89,6 +89,7 @@ class Checkpoints:
                 (session.tokens, session.step),
                 session.layout_summary(),
                 session.corpus.fingerprint,
+                session.checkpoint_bytes(),
             )
         session.saved_tokens = session.tokens
         if session.ranks.is_first:

@@ -147,7 +147,7 @@ class Wandb:
 
     def on_end(self, session: Session) -> None:
         """Finish the run."""
-        self._run.finish(quiet=True)
+        self._run.finish()
 
 
 def _scalars(record: StepRecord) -> dict[str, float]:

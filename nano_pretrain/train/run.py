@@ -22,7 +22,6 @@ from nano_pretrain.platform import Platform, current_platform
 from nano_pretrain.recipe.derived import stage_layout
 from nano_pretrain.recipe.errors import EXIT_CONTINUE, EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR, UserError
 from nano_pretrain.recipe.load import to_yaml
-from nano_pretrain.recipe.rules import check_ranks
 from nano_pretrain.recipe.schema import ParallelConfig, Recipe
 from nano_pretrain.train.callbacks import Checkpoints, Metrics, Validation
 from nano_pretrain.train.directory import only_trainer, truncate_streams, write_json, write_whole
@@ -106,8 +105,6 @@ def _train(recipe: Recipe, directory: Path, ranks: Ranks, request: StopRequest, 
     done = newest_tokens(directory) or 0
     stage = curriculum.stage_at(min(done, curriculum.total_tokens - 1))
     layout = stage_layout(recipe, stage.config)
-    prefix = f"stages.{stage.name}.parallel" if stage.config.parallel else "parallel"
-    check_ranks(f"stages.{stage.name}", prefix, stage.config, layout, ranks.world_size, "this launch")
     with process_groups(platform, ranks, layout, recipe.cluster.timeout_seconds):
         trainable = _build(recipe, platform, layout=layout, length=stage.sequence_length)
         session = Session(recipe, directory, ranks, platform, corpus, curriculum, layout, trainable)

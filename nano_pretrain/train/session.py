@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 from nano_pretrain.data.curriculum import Curriculum
 from nano_pretrain.data.shards import Corpus
 from nano_pretrain.parallel.groups import Ranks, data_parallel_place
+from nano_pretrain.plan.params import count_parameters
 from nano_pretrain.platform import Platform
+from nano_pretrain.recipe.derived import parameter_dtype
 from nano_pretrain.recipe.schema import ParallelConfig, Recipe
 
 if TYPE_CHECKING:
@@ -50,6 +52,12 @@ class Session:
     def finished(self) -> bool:
         """Whether all tokens are consumed."""
         return self.tokens >= self.curriculum.total_tokens
+
+    def checkpoint_bytes(self) -> int:
+        """Size of a checkpoint: each parameter, and its FP32 copy and two moments."""
+        recipe = self.recipe
+        itemsize = 4 if parameter_dtype(recipe.precision) == "float32" else 2
+        return count_parameters(recipe.model).total * (itemsize + 12)
 
     def layout_summary(self) -> dict[str, Any]:
         """Sizes of the layout, for the manifest and the environment."""

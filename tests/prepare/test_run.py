@@ -211,6 +211,16 @@ def test_something_else_at_the_path_is_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "prepared/thesis.tex").read_text() == "ten years"
 
 
+@pytest.mark.parametrize("field", ["path", "cache_dir"])
+def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path, field: str) -> None:
+    recipe = small_recipe(tmp_path)
+    (tmp_path / "file").write_text("no directory")
+    setattr(recipe.data, field, str(tmp_path / "file/below"))
+    with pytest.raises(UserError, match=rf"^data\.{field}: cannot [^\n]+$"):
+        prepare(recipe)
+    assert not (tmp_path / "prepared").exists()
+
+
 def test_a_cap_holds_and_is_reported(tmp_path: Path) -> None:
     recipe = small_recipe(tmp_path)
     recipe.data.max_bytes_per_source = 20_000

@@ -1,0 +1,162 @@
+"""The chunked scan against the recurrence itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from torch import Tensor
+
+from nano_pretrain.kernels.ssd import CHUNK, chunk_scan, state_update
+from tests.kernels.compare import Inputs, assert_close, values_and_gradients
+from tests.kernels.references import sequential_scan
+from tests.kernels.scan_cases import ScanCase, cases
+
+# Rounding of float64 (1e-16), times the cancellation in sums over up to 192 tokens.
+FLOAT64 = 1e-12
+# Rounding of fp32 (6e-8), times the sum of dt |a| over a chunk, about 50 (the absolute error of the exponents).
+FP32 = 3e-6
+# A path from input to output is rounded to bf16 about six times, each with a relative error of at most 2^-8 / sqrt(3) in
+# the mean square, independent of the others: sqrt(6) 2^-8 / sqrt(3) = 5.5e-3; twice that for the gradients of a and d,
+# which are sums of terms that cancel.
+BF16, BF16_SUMS = 5.5e-3, 1.1e-2
+
+
+def cast(inputs: Inputs, large: torch.dtype, small: torch.dtype) -> Inputs:
+    """x, b and c in the dtype of the products, the rest in that of the decays."""
+    dtypes = {name: large if name in ("x", "b", "c") else small for name in inputs}
+    return {
+        name: value.to(dtypes[name]) if value is not None and value.is_floating_point() else value
+        for name, value in inputs.items()
+    }
+
+
+def double(inputs: Inputs) -> Inputs:
+    return cast(inputs, torch.float64, torch.float64)
+
+
+@given(cases)
+def test_equals_the_recurrence_in_values_and_all_gradients(case: ScanCase) -> None:
+    inputs, gradients = case.inputs(), case.output_gradients()
+    expected = values_and_gradients(sequential_scan, inputs, gradients)
+    assert_close(values_and_gradients(chunk_scan, inputs, gradients), expected, FLOAT64)
+
+
+@pytest.mark.parametrize("length", [1, CHUNK, 3 * CHUNK - 5])
+def test_fp32_is_within_its_rounding(length: int) -> None:
+    case = ScanCase(length=length)
+    inputs = cast(case.inputs(), torch.float32, torch.float32)
+    expected = values_and_gradients(sequential_scan, double(inputs), case.output_gradients())
+    assert_close(values_and_gradients(chunk_scan, inputs, case.output_gradients()), expected, FP32)
+
+
+def test_bf16_is_within_its_rounding() -> None:
+    case = ScanCase(length=5 * CHUNK, heads_per_group=4, channels=32, state=16)
+    inputs = cast(case.inputs(), torch.bfloat16, torch.float32)
+    gradients = [gradient.bfloat16().double() for gradient in case.output_gradients()]
+    expected = values_and_gradients(sequential_scan, double(inputs), gradients)
+    actual = values_and_gradients(chunk_scan, inputs, gradients)
+    assert actual["0"].dtype == torch.bfloat16
+    assert actual["1"].dtype == torch.float32
+    for name, value in expected.items():
+        assert_close({name: actual[name]}, {name: value}, BF16_SUMS if name in ("da", "dd") else BF16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("step", [1.0, 30.0, 1e4])
+def test_gradients_stay_finite_where_decays_underflow(dtype: torch.dtype, step: float) -> None:
+    # The products of a chunk's decays reach exp(-1e7): their inverses, above the diagonal, overflow.
+    case = ScanCase(length=2 * CHUNK)
+    inputs = case.inputs()
+    inputs["dt"] = step * torch.ones_like(inputs["dt"])  # type: ignore[arg-type]
+    inputs["a"] = -16 * torch.ones_like(inputs["a"])  # type: ignore[arg-type]
+    inputs = cast(inputs, dtype, dtype)
+    actual = values_and_gradients(chunk_scan, inputs, case.output_gradients())
+    assert all(value.isfinite().all() for value in actual.values())
+    expected = values_and_gradients(sequential_scan, double(inputs), case.output_gradients())
+    # The gradient of `a` is itself of the size of the vanishing decays.
+    for name in expected.keys() - {"da"}:
+        assert_close({name: actual[name]}, {name: expected[name]}, FP32 if dtype == torch.float32 else FLOAT64)
+
+
+def split_documents(length: int = 3 * CHUNK, border: int = CHUNK + 20) -> tuple[Inputs, int]:
+    """Two documents whose border lies inside a chunk, no initial state."""
+    inputs = ScanCase(length=length, initial=False, documents=False).inputs()
+    inputs["seq_idx"] = (torch.arange(length) >= border).int().expand(2, -1)
+    return inputs, border
+
+
+def run(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    return chunk_scan(**inputs)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", ["x", "b", "c"])
+def test_a_document_is_bit_for_bit_independent_of_the_one_before(name: str, dtype: torch.dtype) -> None:
+    inputs, border = split_documents()
+    inputs = cast(inputs, dtype, torch.float32)
+    y, last = run(inputs)
+    changed = inputs[name]
+    assert changed is not None
+    inputs[name] = torch.where((torch.arange(changed.shape[1]) < border)[None, :, None, None], 1e3 * changed, changed)
+    y_changed, last_changed = run(inputs)
+    assert torch.equal(y[:, border:], y_changed[:, border:])
+    assert torch.equal(last, last_changed)
+    assert not torch.equal(y[:, :border], y_changed[:, :border])
+
+
+def test_step_sizes_of_the_document_before_change_only_the_rounding() -> None:
+    # Exponents are differences of sums that begin with the chunk, so their rounding depends on what came before.
+    inputs, border = split_documents()
+    y, last = run(inputs)
+    dt = inputs["dt"]
+    assert dt is not None
+    inputs["dt"] = torch.where((torch.arange(dt.shape[1]) < border)[None, :, None], 10 * dt, dt)
+    y_changed, last_changed = run(inputs)
+    assert_close({"y": y_changed[:, border:], "last": last_changed}, {"y": y[:, border:], "last": last}, FLOAT64)
+
+
+def test_no_gradient_crosses_documents() -> None:
+    inputs, border = split_documents()
+    leaves = {name: inputs[name] for name in ("x", "dt", "b", "c")}
+    for leaf in leaves.values():
+        assert leaf is not None
+        leaf.requires_grad_()
+    y, last = run(inputs)
+    (y[:, border:].sum() + last.sum()).backward()
+    for name, leaf in leaves.items():
+        assert leaf is not None
+        assert leaf.grad is not None
+        leaked = leaf.grad[:, :border].abs().max()
+        # The sums of dt run over documents: their gradients cancel, up to rounding.
+        assert leaked <= (1e-12 * leaf.grad.abs().max() if name == "dt" else 0), name
+
+
+@given(cases)
+def test_a_token_at_a_time_equals_the_chunks(case: ScanCase) -> None:
+    inputs = {**case.inputs(), "seq_idx": None}
+    y, last = run(inputs)
+    initial, per_token = inputs["initial_states"], [inputs[name] for name in ("x", "dt", "b", "c")]
+    state = torch.zeros_like(last) if initial is None else initial.clone()
+    outputs = []
+    for t in range(case.length):
+        x, dt, b, c = (value[:, t] for value in per_token if value is not None)
+        outputs.append(state_update(state, x, dt, inputs["a"], b, c, inputs["d"]))  # type: ignore[arg-type]
+    assert_close({"y": torch.stack(outputs, 1), "last": state}, {"y": y, "last": last}, FLOAT64)
+
+
+@given(cases)
+def test_a_scan_continues_from_its_last_state(case: ScanCase) -> None:
+    inputs = {**case.inputs(), "seq_idx": None}
+    y, last = run(inputs)
+    cut = case.length // 2
+
+    def part(tokens: slice, initial: Tensor | None) -> tuple[Tensor, Tensor]:
+        cuts = {name: value[:, tokens] for name, value in inputs.items() if name in ("x", "dt", "b", "c") and value is not None}
+        return run({**inputs, **cuts, "initial_states": initial})
+
+    if cut == 0:
+        return
+    y_first, state = part(slice(None, cut), inputs["initial_states"])
+    y_second, last_second = part(slice(cut, None), state)
+    assert_close({"y": torch.cat([y_first, y_second], 1), "last": last_second}, {"y": y, "last": last}, FLOAT64)
