@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, NoReturn
 
 from nano_pretrain.recipe.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR, UserError
@@ -38,6 +37,9 @@ nano-pretrain VERB --multirun optimizer.beta2=0.95,0.99    one run after the oth
 
 Exit codes: 0 done, 2 wrong input, 75 stopped on request after a whole checkpoint (run again to continue), 1 anything
 else."""
+
+OPTIONS = {"--help": "", "-h": "", "--cfg": "job", "-c": "job", "--resolve": "", "--multirun": "", "-m": ""}
+"""Options after the verb, all of them Hydra's, and the value that one takes."""
 
 
 def main() -> NoReturn:
@@ -73,69 +75,69 @@ def _fail(message: str, code: int = EXIT_USER_ERROR) -> NoReturn:
     sys.exit(code)
 
 
-def _compose_and_run(verb: str, overrides: Sequence[str]) -> int:
-    """Hand the overrides to Hydra, whose job runs the verb."""
+def _check_options(arguments: Sequence[str]) -> None:
+    """Refuse what Hydra would answer with several lines or with an error of its parser.
+
+    Raises:
+        UserError: an option is unknown or lacks its value.
+    """
+    remaining = iter(arguments)
+    for argument in remaining:
+        option, _, value = argument.partition("=")
+        if not argument.startswith("-"):
+            continue
+        if option not in OPTIONS:
+            raise UserError(f"{option}: no such option; choose one of {', '.join(OPTIONS)}, or write field=value")
+        wanted = OPTIONS[option]
+        if wanted and (value or next(remaining, "")) != wanted:
+            raise UserError(f"{option}: shows one thing only; write {option} {wanted}")
+    if {"--multirun", "-m"} & set(arguments) and {"--cfg", "-c", "--help", "-h"} & set(arguments):
+        raise UserError("--multirun: cannot be shown; leave out --multirun to see one recipe")
+
+
+def _compose_and_run(verb: str, arguments: Sequence[str]) -> int:
+    """Hand the arguments to Hydra, whose job runs the verb."""
     import hydra
     from hydra.core.config_store import ConfigStore
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
 
     from nano_pretrain.recipe.load import tree
     from nano_pretrain.recipe.schema import Recipe
 
+    _check_options(arguments)
     ConfigStore.instance().store(name="schema", node=Recipe)
     codes: list[int] = []
     errors: list[Exception] = []
+    shows_fields = bool({"--help", "-h"} & set(arguments))
 
     def job(config: DictConfig) -> None:
         # Hydra would print a line of its own about an exception.
         try:
-            codes.append(_job(verb, config))
+            codes.append(_show_fields(config) if shows_fields else _job(verb, config))
         except Exception as error:
             errors.append(error)
 
     # Without this Hydra prints its errors itself and exits with 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    sys.argv = [f"nano-pretrain {verb}", *overrides]
+    sys.argv = [f"nano-pretrain {verb}", *(part for part in arguments if part not in ("--help", "-h"))]
     try:
         hydra.main(version_base="1.3", config_path=str(tree("recipes")), config_name="config")(job)()
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(_plain(error)) from error
+    except Exception as error:
+        from nano_pretrain.recipe.explain import explain
+
+        # Nothing but the user's input is at work while a recipe is composed.
+        raise UserError(explain(error, sys.argv[1:])) from error
     if errors:
         raise errors[0]
     return max(codes, default=EXIT_DONE)
 
 
-def _plain(error: Exception) -> str:
-    """One line from Hydra's or OmegaConf's message: the field, the problem, the fix."""
-    text = " ".join(str(error).split())
-    missing = re.search(r"Could not override '([^']+)'", text)
-    if (missing and not error.__cause__) or (missing and "not in" in str(error.__cause__)):
-        field = missing.group(1)
-        parent, _, leaf = field.rpartition(".")
-        near = get_close_matches(leaf, _known_fields(), 1, 0.6)
-        return f"{field}: no such field; " + (
-            f"did you mean {parent}.{near[0]}?" if near else "`--help` lists the fields"
-        )
-    if found := re.search(
-        r"Could not find '(\w+)/([^']+)'.*?Available options in '\w+': (.*?)(?: Config search path|$)", text
-    ):
-        group, name, options = found.groups()
-        return f"{group}: no {group} {name!r}; choose one of {', '.join(options.split())}"
-    cause = error.__cause__ or error
-    message = str(cause).split("\n")
-    details = dict(line.strip().split(": ", 1) for line in message[1:] if ": " in line)
-    field = details.get("full_key", missing.group(1) if missing else "")
-    return f"{field}: {message[0]}; write a value of the field's type" if field else text
+def _show_fields(config: DictConfig) -> int:
+    """Every field of the composed recipe with its sentence."""
+    from nano_pretrain.recipe.describe import describe
+    from nano_pretrain.recipe.load import typed_recipe
 
-
-def _known_fields() -> set[str]:
-    """Every field name of the schema, without its parents."""
-    from dataclasses import fields, is_dataclass
-
-    from nano_pretrain.recipe import schema
-
-    return {item.name for node in vars(schema).values() if is_dataclass(node) for item in fields(node)}
+    print(describe(typed_recipe(config)))
+    return EXIT_DONE
 
 
 def _job(verb: str, config: DictConfig) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -59,7 +60,7 @@ def launch(recipe: Recipe, overrides: list[str]) -> int:
     command = [sys.executable, "-m", "nano_pretrain", "train", *overrides, f"run.name='{recipe.run.name}'"]
     while True:
         before = newest_tokens(directory) or 0
-        stage = curriculum.stage_at(before)
+        stage = curriculum.stage_at(min(before, curriculum.total_tokens - 1))
         code = launch_local(
             command,
             ranks=stage_ranks(recipe, stage.config),
@@ -126,16 +127,24 @@ def _before_training(recipe: Recipe, directory: Path, speaks: bool, world_size: 
     if recipe.dry_run:
         print(f"would train {directory} to {curriculum.total_tokens:,} tokens in {curriculum.total_steps:,} steps")
         return EXIT_DONE
-    if done is not None and done >= curriculum.total_tokens and (directory / "exit.json").exists():
+    if done is not None and done >= curriculum.total_tokens and _ended_well(directory):
         if speaks:
             from nano_pretrain.report import render_report
 
             print(f"{directory}: already finished at {done:,} tokens; report: {render_report(directory)}")
         return EXIT_DONE
     if world_size is not None:
-        stage = curriculum.stage_at(done or 0)
+        stage = curriculum.stage_at(min(done or 0, curriculum.total_tokens - 1))
         prefix = f"stages.{stage.name}.parallel" if stage.config.parallel else "parallel"
         check_ranks(
             f"stages.{stage.name}", prefix, stage.config, stage_layout(recipe, stage.config), world_size, "started"
         )
     return None
+
+
+def _ended_well(directory: Path) -> bool:
+    """Whether the last process of the run also wrote what follows the last checkpoint."""
+    try:
+        return bool(json.loads((directory / "exit.json").read_text())["code"] == EXIT_DONE)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False

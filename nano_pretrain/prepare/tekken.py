@@ -57,9 +57,7 @@ def convert(content: Mapping[str, Any]) -> Tokenizer:
     vocabulary |= {_spell(word): rank + special_count for word, rank in ranks.items()}
     pairs = [parents(word, ranks) for word in ranks if len(word) > 1]
     merges = [(_spell(left), _spell(right)) for left, right in pairs]
-    # The original takes a word that is itself an entry as it is, before any merge.
-    model = models.BPE(vocab=vocabulary, merges=merges, ignore_merges=True)
-    return byte_level(model, config["pattern"], special)
+    return byte_level(models.BPE(vocab=vocabulary, merges=merges), config["pattern"], special)
 
 
 def special_tokens(count: int) -> list[str]:

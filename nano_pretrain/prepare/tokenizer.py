@@ -63,12 +63,12 @@ def train_bpe(training: Mapping[str, Sequence[Document]], vocab_size: int, train
 
 
 def spread(training: Mapping[str, Sequence[Document]], total: int) -> Iterator[str]:
-    """Texts of about `total` bytes, as evenly over the sources as their sizes allow, by name of the source."""
+    """Texts of about `total` bytes, as evenly over the sources as their sizes allow."""
     sizes = {name: sum(document.bytes for document in documents) for name, documents in training.items()}
     share = even_shares(sizes, total)
-    for name in sorted(training):
+    for name, documents in training.items():
         taken = 0
-        for document in training[name]:
+        for document in documents:
             if taken >= share[name]:
                 break
             taken += document.bytes

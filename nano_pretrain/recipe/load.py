@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nano_pretrain.recipe.errors import RecipeError, UserError
+from nano_pretrain.recipe.explain import explain
 from nano_pretrain.recipe.rules import check
 from nano_pretrain.recipe.schema import Recipe, Resume
 
@@ -28,11 +29,17 @@ def typed_recipe(config: DictConfig) -> Recipe:
 
     Raises:
         RecipeError: a value is missing or breaks a rule.
+        UserError: a field is unknown, or a reference ${...} leads nowhere.
     """
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise RecipeError(missing[0], "has no value", f"write {missing[0]}=VALUE or choose a recipe that sets it")
-    recipe = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), config))
+    try:
+        # As a plain container: `+field=value` adds to the composed configuration what the schema does not know.
+        plain = OmegaConf.to_container(config, resolve=True)
+        recipe = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), plain))
+    except OmegaConfBaseException as error:
+        raise UserError(explain(error, ())) from error
     assert isinstance(recipe, Recipe)
     for name, stage in recipe.stages.items():
         for phase_name, phase in stage.phases.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,12 +19,13 @@ from nano_pretrain.evaluate.heldout import HeldOut
 from nano_pretrain.parallel.groups import Ranks, data_parallel_place, process_groups, ranks_from_environment
 from nano_pretrain.platform import Platform, current_platform
 from nano_pretrain.recipe.derived import stage_layout
-from nano_pretrain.recipe.errors import EXIT_CONTINUE, EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR, UserError
+from nano_pretrain.recipe.errors import EXIT_CONTINUE, EXIT_DONE, UserError
 from nano_pretrain.recipe.load import to_yaml
 from nano_pretrain.recipe.schema import ParallelConfig, Recipe
 from nano_pretrain.train.callbacks import Checkpoints, Metrics, Validation
 from nano_pretrain.train.directory import only_trainer, truncate_streams, write_json, write_whole
 from nano_pretrain.train.environment import environment
+from nano_pretrain.train.exit_file import ExitFile
 from nano_pretrain.train.loggers import ProgressBar, TensorBoard, Wandb
 from nano_pretrain.train.loop import run_loop
 from nano_pretrain.train.session import Callback, Session
@@ -54,10 +54,10 @@ def train(recipe: Recipe, directory: Path) -> int:
     with ExitStack() as stack:
         if ranks.is_first:
             stack.enter_context(only_trainer(directory))
-        ending = _Exit(directory, ranks)
-        stack.enter_context(ending)
-        ending.code, ending.reason = _train(recipe, directory, ranks, request, ending)
+        ending = stack.enter_context(ExitFile(directory, ranks))
+        ending.set(*_train(recipe, directory, ranks, request, ending))
         if ending.code == EXIT_DONE and ranks.is_first:
+            ending.write()
             _show(recipe, directory)
     return ending.code
 
@@ -74,30 +74,7 @@ def _show(recipe: Recipe, directory: Path) -> None:
     print(f"report: {render_report(directory)}", flush=True)
 
 
-class _Exit:
-    """Writes exit.json however the process ends, short of SIGKILL."""
-
-    def __init__(self, directory: Path, ranks: Ranks) -> None:
-        self.directory = directory
-        self.ranks = ranks
-        self.code, self.reason = EXIT_FAILED, "failed"
-        self.session: Session | None = None
-
-    def __enter__(self) -> _Exit:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if error is not None:
-            self.code = EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_FAILED
-            self.reason = f"{type(error).__name__}: {error}"
-        if self.ranks.is_first:
-            step, tokens = (self.session.step, self.session.tokens) if self.session else (None, None)
-            when = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-            content = {"code": self.code, "reason": self.reason, "step": step, "tokens": tokens, "time": when}
-            write_json(self.directory / "exit.json", content)
-
-
-def _train(recipe: Recipe, directory: Path, ranks: Ranks, request: StopRequest, ending: _Exit) -> tuple[int, str]:
+def _train(recipe: Recipe, directory: Path, ranks: Ranks, request: StopRequest, ending: ExitFile) -> tuple[int, str]:
     platform = current_platform()
     device = platform.prepare(ranks.local_rank, recipe.cluster.threads_per_rank)
     corpus = open_corpus(Path(recipe.data.path))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 Kernel = Callable[..., Tensor | tuple[Tensor, ...]]
-Inputs = dict[str, Tensor | None]
+Inputs = dict[str, Any]
+"""Tensors, or None, by the kernel's argument names."""
 
 
 def random_tensor(generator: torch.Generator, *shape: int) -> Tensor:
@@ -21,7 +23,7 @@ def values_and_gradients(kernel: Kernel, inputs: Inputs, output_gradients: Seque
 
     Args:
         kernel: called with `inputs` by name.
-        inputs: float64 and integer tensors, or None.
+        inputs: the floating-point ones are differentiated.
         output_gradients: gradient of each output.
     """
     leaves = {
@@ -39,7 +41,7 @@ def values_and_gradients(kernel: Kernel, inputs: Inputs, output_gradients: Seque
 
 def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
     """Every tensor agrees in the Euclidean norm, relative to the expected one; zero must be zero."""
-    assert actual.keys() == expected.keys()
+    assert actual.keys() == expected.keys(), f"{actual.keys() ^ expected.keys()} is off by its absence"
     errors = {name: relative_error(actual[name], expected[name]) for name in expected}
     worst = max(errors, key=lambda name: errors[name])
     assert errors[worst] <= tolerance, f"{worst} is off by {errors[worst]:.1e}, allowed {tolerance:.1e}"

@@ -57,7 +57,7 @@ class ScanCase:
 
 
 def documents(generator: torch.Generator, batch: int, length: int) -> Tensor:
-    """Document of each token [batch, length], int32: borders anywhere, on average every 25 tokens, also single tokens."""
+    """Document of each token [batch, length], int32: borders anywhere, on average every 25 tokens."""
     starts = torch.rand(batch, length, generator=generator) < 0.04
     return starts.cumsum(1, dtype=torch.int32)
 

@@ -26,7 +26,7 @@ def optimizer(kind: type[torch.optim.Optimizer], params: list[nn.Parameter]) -> 
 
 
 def steps(optimizer: torch.optim.Optimizer, numbers: range) -> None:
-    """A gradient and a learning rate of its own for each step; the last parameter has no gradient in every third."""
+    """A gradient and a learning rate of its own for each step."""
     for number in numbers:
         generator = torch.Generator().manual_seed(number)
         params = [p for group in optimizer.param_groups for p in group["params"]]

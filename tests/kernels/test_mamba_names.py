@@ -72,7 +72,7 @@ def test_the_layer_equals_its_parts_in_values_and_all_gradients() -> None:
     assert_close(values_and_gradients(kernel, split_inputs(), gradients), expected, TOLERANCE)
 
 
-def scan_inputs() -> dict[str, Tensor]:
+def scan_inputs() -> Inputs:
     g = torch.Generator().manual_seed(1)
     return {
         "x": random_tensor(g, BATCH, LENGTH, HEADS, CHANNELS),
@@ -129,11 +129,12 @@ def test_what_only_batched_inference_needs_is_refused() -> None:
         mamba_chunk_scan_combined(**t, chunk_size=8, cu_seqlens=torch.tensor([0, LENGTH]))
     with pytest.raises(ValueError, match="cu_seqlens"):
         mamba_chunk_scan_combined(**t, chunk_size=8, return_varlen_states=True)
+    token: Inputs = {"state": t["x"], **{name: t[name] for name in ("x", "dt", "A", "B", "C")}}
     with pytest.raises(ValueError, match="state_batch_indices"):
-        selective_state_update(*[t["x"]] * 6, state_batch_indices=torch.zeros(1))
+        selective_state_update(**token, state_batch_indices=torch.zeros(1))
 
 
 @pytest.mark.parametrize("wrong", [{"activation": "relu", "headdim": CHANNELS}, {"headdim": None}])
 def test_a_layer_of_another_kind_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="activation='silu' and a head dimension"):
-        mamba_split_conv1d_scan_combined(**split_inputs(), chunk_size=8, ngroups=GROUPS, **wrong)  # type: ignore[arg-type]
+        mamba_split_conv1d_scan_combined(**split_inputs(), chunk_size=8, ngroups=GROUPS, **wrong)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -37,7 +39,7 @@ def output_gradient(channels: int = 12) -> Tensor:
 @pytest.mark.parametrize("gate", [True, False])
 @pytest.mark.parametrize("group_size", [1, 3, 12])
 def test_gated_norm_equals_its_formula(gate: bool, group_size: int) -> None:
-    arguments = {"eps": EPS, "group_size": group_size}
+    arguments: dict[str, Any] = {"eps": EPS, "group_size": group_size}
     inputs, gradients = norm_inputs(gate), [output_gradient()]
     expected = values_and_gradients(lambda **t: gated_formula(**t, **arguments), inputs, gradients)
     actual = values_and_gradients(lambda **t: gated_rms_norm(**t, **arguments), inputs, gradients)
@@ -46,10 +48,11 @@ def test_gated_norm_equals_its_formula(gate: bool, group_size: int) -> None:
 
 @pytest.mark.parametrize("gate", [True, False])
 def test_gated_norm_in_bf16_is_rounded_once(gate: bool) -> None:
-    inputs = {name: None if t is None else t.bfloat16() for name, t in norm_inputs(gate, 256).items()}
-    arguments = {"eps": EPS, "group_size": 64}
-    expected = gated_formula(**{n: None if t is None else t.double() for n, t in inputs.items()}, **arguments)  # type: ignore[arg-type]
-    actual = gated_rms_norm(**inputs, **arguments)  # type: ignore[arg-type]
+    inputs: Inputs = {name: None if t is None else t.bfloat16() for name, t in norm_inputs(gate, 256).items()}
+    widened: Inputs = {name: None if t is None else t.double() for name, t in inputs.items()}
+    arguments: dict[str, Any] = {"eps": EPS, "group_size": 64}
+    expected = gated_formula(**widened, **arguments)
+    actual = gated_rms_norm(**inputs, **arguments)
     assert actual.dtype == torch.bfloat16
     assert_close({"y": actual}, {"y": expected}, ROUNDED_ONCE)
 
@@ -64,7 +67,6 @@ def test_rms_norm_equals_torchs() -> None:
 def test_module_has_the_constructor_of_mamba_ssm() -> None:
     norm = GatedRMSNorm(12, eps=EPS, group_size=3, norm_before_gate=False, dtype=torch.float64)
     x, z = norm_inputs()["x"], norm_inputs()["z"]
-    assert x is not None
     assert torch.equal(norm(x, z), gated_rms_norm(x, z, torch.ones(12, dtype=torch.float64), EPS, 3))
     assert GatedRMSNorm(12, norm_before_gate=False).group_size == 12
     with pytest.raises(ValueError, match="norm_before_gate=False"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import itertools
-import json
 import random
 import re
 from collections import Counter
@@ -140,4 +139,3 @@ def test_the_real_tekken(tmp_path: Path) -> None:
         encoded = tokenizer.encode(text, add_special_tokens=False).ids
         assert tokenizer.decode(encoded, skip_special_tokens=False) == text
         assert lengths[encoded].sum() == len(text.encode())
-    assert json.loads(path.read_text())["model"]["ignore_merges"] is True

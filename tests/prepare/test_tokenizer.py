@@ -22,7 +22,7 @@ VOCAB_SIZE = 500
 
 def training() -> dict[str, list[Document]]:
     rng = random.Random(0)
-    return {name: [Document.of(prose(rng, 80)) for _ in range(40)] for name in ("b", "a", "c")}
+    return {name: [Document.of(f"In 1234: {prose(rng, 80)}") for _ in range(40)] for name in ("b", "a", "c")}
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,98 @@
+"""Hydra's and OmegaConf's errors in one line: the field, the problem, the fix."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from difflib import get_close_matches
+
+from hydra.errors import MissingConfigException, OverrideParseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+_WRONG_VALUES = (
+    ("could not be converted to Integer", "is not a whole number", "write digits only, for example 1000000"),
+    ("could not be converted to Float", "is not a number", "write for example 3.0e-4"),
+    ("is not a valid bool", "is neither true nor false", "write one of them"),
+    ("is not Optional", "cannot be null", "write a value"),
+    ("Cannot convert", "is not text", "write one word, or quote the text"),
+    ("is not a ListConfig", "is not a list", "write [first, second]"),
+    ("is not a subclass of", "is not one value but a group of fields", "write {field}.NAME=VALUE for one of them"),
+    ("support deletion", "cannot be left out", "write a value"),
+    ("Cannot merge", "has another shape than the value it replaces", "write a mapping {{name: value}}"),
+)
+"""What OmegaConf says, what is wrong, what to do."""
+
+
+def explain(error: Exception, overrides: Sequence[str]) -> str:
+    """Why a recipe could not be composed, in one line.
+
+    Args:
+        error: what Hydra or OmegaConf raised.
+        overrides: the command line's.
+    """
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: cannot be read as an override; write field=value, in quotes if it holds , ( [ or {{"
+    if isinstance(error, MissingConfigException):
+        return _unknown_option(error)
+    if isinstance(cause, (ConfigAttributeError, ConfigKeyError)):
+        return _unknown_field(str(cause.full_key), [str(key) for key in cause.parent_node or ()])
+    for known in (_new_entry, _several_values, _stage_layout, _wrong_value):
+        if line := known(error, str(cause), overrides):
+            return line
+    return f"{_first_line(str(cause))}; `nano-pretrain VERB --help` lists the fields"
+
+
+def _unknown_option(error: MissingConfigException) -> str:
+    """A file of a config group that does not exist."""
+    group, _, name = (error.missing_cfg_file or "").rpartition("/")
+    if not error.options:
+        return f"{_first_line(str(error))}; check the name and --config-dir"
+    return f"{group}: no {group} {name!r}; choose one of {', '.join(error.options)}"
+
+
+def _unknown_field(field: str, siblings: Sequence[str]) -> str:
+    parent, _, leaf = field.rpartition(".")
+    if parent.endswith(".blend"):
+        return f"{field}: the blend has no such source; write +{field}=WEIGHT to add it, or choose from {', '.join(siblings)}"
+    near = get_close_matches(leaf, siblings, 1, 0.6)
+    fix = f"did you mean {'.'.join(filter(None, [parent, near[0]]))}?" if near else f"choose from {', '.join(siblings)}"
+    return f"{field}: no such field; {fix}"
+
+
+def _new_entry(error: Exception, text: str, overrides: Sequence[str]) -> str | None:
+    """OmegaConf cannot add an element to a mapping of dataclasses from a plain value."""
+    override = str(error).removeprefix("Error merging override ").lstrip("+")
+    if entry := re.search(r"not a subclass of (Stage|Phase)Config", text):
+        kind = entry.group(1).lower()
+        return f"{override.partition('=')[0]}: a {kind} is added in a recipe file, not on the command line; copy the recipe and add it"
+    return None
+
+
+def _several_values(error: Exception, text: str, overrides: Sequence[str]) -> str | None:
+    if several := re.match(r"Ambiguous value for argument '([^=]+)=(.*)'", text):
+        field, values = several.groups()
+        return f"{field}: {values} is several values; write '{field}=\"{values}\"' for one, or add --multirun for a run of each"
+    return None
+
+
+def _stage_layout(error: Exception, text: str, overrides: Sequence[str]) -> str | None:
+    """OmegaConf cannot set a field inside an optional dataclass that is null; it fails without naming it."""
+    layouts = [part.partition("=")[0] for part in overrides if re.match(r"\+*stages\.\w+\.parallel\b", part)]
+    if not layouts or isinstance(error, OmegaConfBaseException):
+        return None
+    return f"{layouts[0]}: the stage has no layout of its own; write parallel.NAME=VALUE, or add `parallel` to the stage in a recipe file"
+
+
+def _wrong_value(error: Exception, text: str, overrides: Sequence[str]) -> str | None:
+    field = re.search(r"full_key: (\S+)", text)
+    found = next(((problem, fix) for mark, problem, fix in _WRONG_VALUES if mark in text), None)
+    if field is None or found is None:
+        return f"{field.group(1)}: {_first_line(text)}; write another value" if field else None
+    problem, fix = found
+    value = re.search(r"[Vv]alue:? ('.*?'|\S+)", text.partition("\n")[0])
+    return f"{field.group(1)}: {f'{value.group(1)} ' if value else ''}{problem}; {fix.format(field=field.group(1))}"
+
+
+def _first_line(text: str) -> str:
+    return text.strip().partition("\n")[0]
