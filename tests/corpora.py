@@ -8,7 +8,6 @@ import random
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from nano_pretrain.data.indexed_file import IndexedFileWriter, token_dtype
@@ -67,4 +66,4 @@ def _walk(rng: random.Random, step: int) -> list[int]:
     for _ in range(length):
         position += step if rng.random() < 0.8 else rng.randrange(VOCAB_SIZE)
         ids.append(3 + position % (VOCAB_SIZE - 3))
-    return np.asarray(ids).tolist()
+    return ids

@@ -60,14 +60,25 @@ def checkpoints_directory(run_dir: Path) -> Path:
     return run_dir / "checkpoints"
 
 
+def all_checkpoints(run_dir: Path) -> list[Path]:
+    """Checkpoints that have got their name, whole or damaged since, newest first."""
+    found = [path for path in checkpoints_directory(run_dir).glob("*") if path.name.isdigit()]
+    return sorted(found, key=lambda path: int(path.name), reverse=True)
+
+
 def whole_checkpoints(run_dir: Path) -> list[Path]:
     """Checkpoints whose files are all there in full length, newest first; content is verified when one is loaded."""
-    found = []
-    for path in checkpoints_directory(run_dir).glob("*"):
-        manifest = read_manifest(path) if path.name.isdigit() else None
-        if manifest and all(_size(path / name) == entry.size for name, entry in manifest.files.items()):
-            found.append(path)
-    return sorted(found, key=lambda path: int(path.name), reverse=True)
+    return [path for path in all_checkpoints(run_dir) if _has_every_file(path)]
+
+
+def _has_every_file(path: Path) -> bool:
+    manifest = read_manifest(path)
+    return manifest is not None and all(_size(path / name) == entry.size for name, entry in manifest.files.items())
+
+
+def newest_manifest(run_dir: Path) -> Manifest | None:
+    """Manifest of the newest whole checkpoint."""
+    return next((read_manifest(path) for path in whole_checkpoints(run_dir)), None)
 
 
 def newest_tokens(run_dir: Path) -> int | None:
@@ -82,8 +93,12 @@ def file_entries(directory: Path, names: Iterable[str]) -> dict[str, FileEntry]:
 
 
 def damaged_files(directory: Path, names: Iterable[str], manifest: Manifest) -> list[str]:
-    """Those of the named files whose content is not what the manifest says."""
-    return [name for name in names if _sha256(directory / name) != manifest.files[name].sha256]
+    """Those of the named files that are missing or whose content is not what the manifest says."""
+    return [name for name in names if not _is_as_listed(directory / name, manifest.files[name])]
+
+
+def _is_as_listed(path: Path, entry: FileEntry) -> bool:
+    return _size(path) == entry.size and _sha256(path) == entry.sha256
 
 
 def _size(path: Path) -> int:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from nano_pretrain.checkpoint.manifest import (
     MANIFEST,
     Manifest,
+    all_checkpoints,
     checkpoints_directory,
     damaged_files,
     file_entries,
@@ -89,7 +91,7 @@ def save_checkpoint(
     with _collective(writing):
         if first:
             _fresh(writing, expected_bytes)
-    with _collective(writing):
+    with _collective(writing), _results_in_process():
         dist_checkpointing.save(sharded_state(model, optimizer, loading=False), str(writing))
     with _collective(writing):
         mine = file_entries(writing, _share([str(p.relative_to(writing)) for p in writing.rglob("*") if p.is_file()]))
@@ -106,20 +108,27 @@ def save_checkpoint(
 
 
 def load_newest(run_dir: Path, model: Any, optimizer: Any) -> Manifest | None:
-    """Load the newest checkpoint whose content is what its manifest says; None where there is none.
+    """Load the newest checkpoint whose content is what its manifest says; None where the run has no checkpoint.
 
     A damaged one is named in the log and the one before is taken.
+
+    Raises:
+        UserError: there are checkpoints, and all are damaged.
     """
-    for path in whole_checkpoints(run_dir):
+    damaged: list[Path] = []
+    for path in all_checkpoints(run_dir):
         manifest = read_manifest(path)
-        if manifest is None:
-            continue
-        damaged = _damaged(path, manifest)
-        if damaged:
-            log.warning("%s: damaged (%s); trying the checkpoint before it", path, ", ".join(damaged))
-            continue
-        load_checkpoint(path, model, optimizer)
-        return manifest
+        wrong = _damaged(path, manifest) if manifest else [MANIFEST]
+        if manifest and not wrong:
+            load_checkpoint(path, model, optimizer)
+            return manifest
+        log.warning("%s: damaged (%s); trying the checkpoint before it", path, ", ".join(wrong))
+        damaged.append(path)
+    if damaged:
+        raise UserError(
+            f"{checkpoints_directory(run_dir)}: every checkpoint is damaged; "
+            "bring one back, or remove the directory to begin the run again"
+        )
     return None
 
 
@@ -165,6 +174,22 @@ def _collective(writing: Path) -> Iterator[None]:
             "run.dir: the disk is full, the checkpoint was not written; free space and run again"
         ) from failure
     raise failure or RuntimeError(f"another rank failed to write a checkpoint: {reports[0]}")
+
+
+@contextmanager
+def _results_in_process() -> Iterator[None]:
+    """Let megatron-core's writer hand its results over in this process, which is where it runs.
+
+    Its own queue, for asynchronous writers, lives in a server process of 270 MB that outlives a rank that is killed.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    own = filesystem_async._results_queue
+    filesystem_async._results_queue = SimpleQueue()
+    try:
+        yield
+    finally:
+        filesystem_async._results_queue = own
 
 
 def _gather(value: T) -> list[T]:

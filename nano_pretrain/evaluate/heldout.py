@@ -15,6 +15,7 @@ from torch import Tensor
 from nano_pretrain.data.loader import MicroBatch, batch_of
 from nano_pretrain.data.shards import Corpus, TokenStream, token_byte_lengths
 from nano_pretrain.parallel.groups import data_parallel_place, reports_loss
+from nano_pretrain.recipe.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,9 @@ class HeldOut:
         tokens_per_source: tokens read of each source, at most.
         reset_documents: as in training.
         device: where batches go.
+
+    Raises:
+        UserError: there is not one sample.
     """
 
     def __init__(
@@ -58,6 +62,12 @@ class HeldOut:
             for number, stream in enumerate(self.streams)
             for start in range(0, min(tokens_per_source, stream.tokens - 1) - sequence_length + 1, sequence_length)
         ]
+
+        if not self.samples:
+            raise UserError(
+                f"data.path: no source of the blend has {sequence_length + 1} held-out tokens in {corpus.path}; "
+                "prepare more text, raise data.heldout_share, or shorten the sequences"
+            )
 
     def evaluate(self, run: Callable[..., list[Any]]) -> dict[str, Any]:
         """Nats per token and bits per byte of each source and of the blend.

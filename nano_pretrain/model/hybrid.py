@@ -6,6 +6,12 @@ from typing import Any
 
 import torch
 from megatron.core.models.mamba import MambaModel
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
 from torch import Tensor, nn
 
 from nano_pretrain.model.config import transformer_config
@@ -17,6 +23,9 @@ from nano_pretrain.recipe.schema import ParallelConfig, Recipe
 
 KEPT_FP32 = (".A_log", ".D", ".dt_bias")
 """Parameters that are FP32 in a BF16 model."""
+
+_SHARDED_DIMENSION = {ColumnParallelLinear: 0, RowParallelLinear: 1, VocabParallelEmbedding: 0}
+"""Dimension of the weight that is divided among tensor-parallel ranks."""
 
 
 class HybridModel(MambaModel):
@@ -54,21 +63,26 @@ def build_model(recipe: Recipe, layout: ParallelConfig, platform: Platform, sequ
     from megatron.core import parallel_state
 
     config = transformer_config(recipe, layout, platform)
-    model = HybridModel(
-        true_vocab_size=recipe.model.vocab_size,
-        config=config,
-        mamba_stack_spec=stack_spec(platform, recipe.model.mamba_conv_width),
-        vocab_size=padded_vocab_size(recipe.model),
-        max_sequence_length=sequence_length,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
-        hybrid_override_pattern=recipe.model.pattern,
-        position_embedding_type="none",
-        share_embeddings_and_output_weights=False,
-    )
+    # The constructors draw weights that are overwritten below.
+    with torch.random.fork_rng(devices=[]):
+        model = HybridModel(
+            true_vocab_size=recipe.model.vocab_size,
+            config=config,
+            mamba_stack_spec=stack_spec(platform, recipe.model.mamba_conv_width),
+            vocab_size=padded_vocab_size(recipe.model),
+            max_sequence_length=sequence_length,
+            pre_process=parallel_state.is_pipeline_first_stage(),
+            post_process=parallel_state.is_pipeline_last_stage(),
+            hybrid_override_pattern=recipe.model.pattern,
+            position_embedding_type="none",
+            share_embeddings_and_output_weights=False,
+        )
     for module in model.modules():
         if isinstance(module, DocumentMixer):
             _finish_mixer(module, recipe.model.norm_epsilon)
+        elif type(module) in _SHARDED_DIMENSION:
+            # megatron-core does it when it initialises; the gradient norm counts an unmarked weight on one rank only.
+            set_tensor_model_parallel_attributes(module.weight, True, _SHARDED_DIMENSION[type(module)], 1)
     initialise_weights(model, recipe.model, recipe.run.seed)
     return model
 

@@ -40,8 +40,9 @@ def initialise_weights(model: Any, config: ModelConfig, seed: int) -> None:
         seed: `run.seed`.
 
     Raises:
-        KeyError: a parameter that no rule covers.
+        KeyError: a parameter that no rule covers, or that the sharded checkpoint leaves out.
     """
+    missing = sum(parameter.numel() for parameter in model.parameters())
     with torch.no_grad():
         for shard in _shards(model):
             generator = torch.Generator().manual_seed(_name_seed(seed, shard.key))
@@ -50,6 +51,9 @@ def initialise_weights(model: Any, config: ModelConfig, seed: int) -> None:
                 full[config.vocab_size :] = 0
             data: Any = shard.data
             data.copy_(full[shard.global_slice()].reshape(data.shape))
+            missing -= data.numel()
+    if missing:
+        raise KeyError(f"{missing} elements of the model's parameters are not in its sharded checkpoint")
 
 
 def _shards(model: Any) -> Iterator[ShardedTensor]:

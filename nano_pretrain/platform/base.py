@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-from torch import nn
+if TYPE_CHECKING:
+    # The preflight lives in this package and answers before torch is imported.
+    import torch
+    from torch import nn
 
 
 @dataclass(frozen=True)

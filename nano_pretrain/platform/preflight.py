@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
+from netrc import NetrcParseError, netrc
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from nano_pretrain.recipe.errors import RecipeError, UserError
 from nano_pretrain.recipe.pattern import count_layers
@@ -27,6 +30,8 @@ def check_dependencies(recipe: Recipe) -> None:
     for package, reason in UNDECLARED.items():
         if find_spec(package) is None:
             raise UserError(f"{package}: not installed, and {reason}; pip install {package}")
+    if recipe.log.wandb == "online" and not _has_wandb_key():
+        raise RecipeError("log.wandb", "online needs an API key", "set WANDB_API_KEY or write log.wandb=offline")
     if _has_nvidia_driver():
         return
     if recipe.precision.name.startswith("fp8"):
@@ -42,6 +47,17 @@ def check_dependencies(recipe: Recipe) -> None:
             "attention under context parallelism is not available on a CPU in this version",
             "write parallel.context=1",
         )
+
+
+def _has_wandb_key() -> bool:
+    """Whether wandb will find a key: in the environment, or where `wandb login` leaves it."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).netloc
+    try:
+        return netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, NetrcParseError):
+        return False
 
 
 def _has_nvidia_driver() -> bool:

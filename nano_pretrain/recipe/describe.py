@@ -10,13 +10,17 @@ from typing import Any
 
 from nano_pretrain.recipe.schema import Recipe
 
+HEADER = """\
+The fields of the chosen recipe with their values. A run that is continued may change what is [free]; what is [fixed]
+or [recorded] must stay.
+"""
 SHOWN_LENGTH = 60
 """Longer values, such as blends, are cut."""
 
 
 def describe(recipe: Recipe) -> str:
     """One paragraph a field: `name=value`, then what it is and whether a resumed run may change it."""
-    return "\n".join(_paragraphs(recipe, ""))
+    return "\n".join([HEADER, *_paragraphs(recipe, "")])
 
 
 def _paragraphs(node: Any, prefix: str) -> Iterator[str]:
@@ -33,6 +37,14 @@ def _paragraphs(node: Any, prefix: str) -> Iterator[str]:
 
 
 def _shown(value: Any) -> str:
-    """The value as it is written on the command line."""
-    text = value if isinstance(value, str) else json.dumps(value)
+    text = as_written(value)
     return text if len(text) <= SHOWN_LENGTH else f"{text[: SHOWN_LENGTH - 4]} ..."
+
+
+def as_written(value: Any) -> str:
+    """A value as it is written on the command line."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {as_written(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(as_written, value)) + "]"
+    return value if isinstance(value, str) else json.dumps(value)

@@ -13,6 +13,10 @@ class UserError(Exception):
     """Input that is wrong: one line that names the field or file and the fix; exit code 2."""
 
 
+class RunError(Exception):
+    """The run cannot go on, though no input is known to be wrong: one line; exit code 1."""
+
+
 class RecipeError(UserError):
     """A recipe field is wrong.
 

@@ -32,12 +32,15 @@ def explain(error: Exception, overrides: Sequence[str]) -> str:
     """
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     if isinstance(error, OverrideParseException):
-        return f"{error.override}: cannot be read as an override; write field=value, in quotes if it holds , ( [ or {{"
+        return (
+            f"{error.override}: cannot be read as an override; write field=value, in quotes if it holds = , ( [ or {{"
+        )
     if isinstance(error, MissingConfigException):
         return _unknown_option(error)
     if isinstance(cause, (ConfigAttributeError, ConfigKeyError)):
-        return _unknown_field(str(cause.full_key), [str(key) for key in cause.parent_node or ()])
-    for known in (_new_entry, _several_values, _stage_layout, _wrong_value):
+        siblings = [str(key) for key in cause.parent_node or () if key != "hydra"]
+        return _unknown_field(str(cause.full_key), siblings)
+    for known in (_group_choice, _new_entry, _several_values, _stage_layout, _wrong_value):
         if line := known(error, str(cause), overrides):
             return line
     return f"{_first_line(str(cause))}; `nano-pretrain VERB --help` lists the fields"
@@ -54,25 +57,38 @@ def _unknown_option(error: MissingConfigException) -> str:
 def _unknown_field(field: str, siblings: Sequence[str]) -> str:
     parent, _, leaf = field.rpartition(".")
     if parent.endswith(".blend"):
-        return f"{field}: the blend has no such source; write +{field}=WEIGHT to add it, or choose from {', '.join(siblings)}"
+        known = ", ".join(siblings)
+        return f"{field}: the blend has no such source; write +{field}=WEIGHT to add it, or choose from {known}"
     near = get_close_matches(leaf, siblings, 1, 0.6)
     fix = f"did you mean {'.'.join(filter(None, [parent, near[0]]))}?" if near else f"choose from {', '.join(siblings)}"
     return f"{field}: no such field; {fix}"
+
+
+def _group_choice(error: Exception, text: str, overrides: Sequence[str]) -> str | None:
+    """Something other than a name where a file of a config group is chosen; Hydra does not say where."""
+    if not text.startswith("Config group override"):
+        return None
+    part = next(
+        (part for part in reversed(overrides) if re.match(r"\w*=(null$|true$|false$|[\d\[{.-])", part)), "recipe="
+    )
+    group = part.partition("=")[0] or part
+    return f"{group}: is not the name of a file; write for example recipe=tiny or model=tiny"
 
 
 def _new_entry(error: Exception, text: str, overrides: Sequence[str]) -> str | None:
     """OmegaConf cannot add an element to a mapping of dataclasses from a plain value."""
     override = str(error).removeprefix("Error merging override ").lstrip("+")
     if entry := re.search(r"not a subclass of (Stage|Phase)Config", text):
-        kind = entry.group(1).lower()
-        return f"{override.partition('=')[0]}: a {kind} is added in a recipe file, not on the command line; copy the recipe and add it"
+        kind, field = entry.group(1).lower(), override.partition("=")[0]
+        return f"{field}: a {kind} cannot be added on the command line; add it to a copy of the recipe's file"
     return None
 
 
 def _several_values(error: Exception, text: str, overrides: Sequence[str]) -> str | None:
     if several := re.match(r"Ambiguous value for argument '([^=]+)=(.*)'", text):
         field, values = several.groups()
-        return f"{field}: {values} is several values; write '{field}=\"{values}\"' for one, or add --multirun for a run of each"
+        one = f"'{field}=\"{values}\"'"
+        return f"{field}: {values} is several values; write {one} for one, or add --multirun for a run of each"
     return None
 
 
@@ -81,7 +97,8 @@ def _stage_layout(error: Exception, text: str, overrides: Sequence[str]) -> str 
     layouts = [part.partition("=")[0] for part in overrides if re.match(r"\+*stages\.\w+\.parallel\b", part)]
     if not layouts or isinstance(error, OmegaConfBaseException):
         return None
-    return f"{layouts[0]}: the stage has no layout of its own; write parallel.NAME=VALUE, or add `parallel` to the stage in a recipe file"
+    fix = "write parallel.NAME=VALUE, or add `parallel` to the stage in the recipe's file"
+    return f"{layouts[0].lstrip('+')}: the stage has no layout of its own; {fix}"
 
 
 def _wrong_value(error: Exception, text: str, overrides: Sequence[str]) -> str | None:
@@ -90,7 +107,7 @@ def _wrong_value(error: Exception, text: str, overrides: Sequence[str]) -> str |
     if field is None or found is None:
         return f"{field.group(1)}: {_first_line(text)}; write another value" if field else None
     problem, fix = found
-    value = re.search(r"[Vv]alue:? ('.*?'|\S+)", text.partition("\n")[0])
+    value = re.search(r"(?:Value|value:) ('.*?'|\S+)", text.partition("\n")[0])
     return f"{field.group(1)}: {f'{value.group(1)} ' if value else ''}{problem}; {fix.format(field=field.group(1))}"
 
 

@@ -11,6 +11,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from nano_pretrain.recipe.describe import as_written
 from nano_pretrain.recipe.errors import RecipeError, UserError
 from nano_pretrain.recipe.explain import explain
 from nano_pretrain.recipe.rules import check
@@ -31,10 +32,10 @@ def typed_recipe(config: DictConfig) -> Recipe:
         RecipeError: a value is missing or breaks a rule.
         UserError: a field is unknown, or a reference ${...} leads nowhere.
     """
-    missing = sorted(OmegaConf.missing_keys(config))
-    if missing:
-        raise RecipeError(missing[0], "has no value", f"write {missing[0]}=VALUE or choose a recipe that sets it")
     try:
+        missing = sorted(OmegaConf.missing_keys(config))
+        if missing:
+            raise RecipeError(missing[0], "has no value", f"write {missing[0]}=VALUE or choose a recipe that sets it")
         # As a plain container: `+field=value` adds to the composed configuration what the schema does not know.
         plain = OmegaConf.to_container(config, resolve=True)
         recipe = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), plain))
@@ -102,9 +103,10 @@ def check_same_run(recipe: Recipe, run_dir: Path) -> None:
             f"{path}: is not YAML any more ({error.__class__.__name__}); restore it or choose another run.name"
         ) from error
     for field, new_value, old_value in _differences(recipe, old, ""):
+        new_text, old_text = as_written(new_value), as_written(old_value)
         raise UserError(
-            f"{field}: {new_value!r} differs from {old_value!r} of the run in {run_dir}; "
-            f"choose another run.name, or write {field}={old_value} to continue that run"
+            f"{field}: {new_text} differs from {old_text} of the run in {run_dir}; "
+            f"choose another run.name, or write {field}={old_text} to continue that run"
         )
 
 

@@ -197,11 +197,49 @@ def check_ranks(field: str, prefix: str, stage: StageConfig, layout: ParallelCon
     return data_parallel
 
 
+def distributed_optimizer(recipe: Recipe) -> None:
+    """Replicated optimizer state is for FP32 runs: megatron-core 0.16 cannot save it for a BF16 Mamba model."""
+    for name, stage in recipe.stages.items():
+        prefix = f"stages.{name}.parallel" if stage.parallel else "parallel"
+        sharded = stage_layout(recipe, stage).distributed_optimizer
+        if not sharded and recipe.precision.name != "fp32":
+            raise RecipeError(
+                f"{prefix}.distributed_optimizer",
+                f"false cannot be checkpointed under {recipe.precision.name}",
+                f"write {prefix}.distributed_optimizer=true",
+            )
+        if sharded != recipe.parallel.distributed_optimizer:
+            raise RecipeError(
+                f"{prefix}.distributed_optimizer",
+                "differs from parallel.distributed_optimizer, and a checkpoint cannot change it",
+                "write the same in all stages",
+            )
+
+
+def validation_reads_samples(recipe: Recipe) -> None:
+    """The held-out tokens of a source hold at least one sample of every stage."""
+    read = recipe.validation.tokens_per_source
+    longest = max(stage.sequence_length for stage in recipe.stages.values())
+    if read < longest:
+        raise RecipeError(
+            "validation.tokens_per_source", f"{read} is less than a sample of {longest}", f"write at least {longest}"
+        )
+
+
 def names(recipe: Recipe) -> None:
-    """The run's name is one directory name."""
+    """The run's name is one directory name, and the directory of the runs is named."""
+    if not recipe.run.dir:
+        raise RecipeError("run.dir", "is empty", "write a directory, or . for this one")
     name = recipe.run.name
     if (name is not None and not re.fullmatch(r"[A-Za-z0-9_=.,+-]{1,200}", name)) or name in (".", ".."):
         raise RecipeError("run.name", f"{name!r} is not a directory name", "use letters, digits and _ = . , + -")
 
 
-RULES: tuple[Callable[[Recipe], None], ...] = (model_shapes, optimizer_ranges, layouts, names)
+RULES: tuple[Callable[[Recipe], None], ...] = (
+    model_shapes,
+    optimizer_ranges,
+    layouts,
+    distributed_optimizer,
+    validation_reads_samples,
+    names,
+)

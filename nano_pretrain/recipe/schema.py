@@ -65,7 +65,9 @@ class ParallelConfig:
     pipeline: int = option(1, "Pipeline stages.")
     context: int = option(1, "Context-parallel ranks.")
     sequence: bool = option(False, "Shard activations between tensor-parallel regions along the sequence.")
-    distributed_optimizer: bool = option(True, "Shard optimizer state over the data-parallel ranks (ZeRO-1).")
+    distributed_optimizer: bool = option(
+        True, "Shard optimizer state over the data-parallel ranks (ZeRO-1); false is for fp32 only.", FIXED
+    )
 
 
 @dataclass

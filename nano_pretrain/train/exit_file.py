@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 from nano_pretrain.parallel.groups import Ranks
@@ -34,7 +35,9 @@ class ExitFile:
         if error is not None:
             code = EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_FAILED
             self.set(code, f"{type(error).__name__}: {error}")
-        self.write()
+        # On a full disk what has ended the run matters more than what can still be written about it.
+        with suppress(OSError) if error is not None else nullcontext():
+            self.write()
 
     def set(self, code: int, reason: str) -> None:
         """Remember how the process is going to end."""

@@ -123,22 +123,24 @@ class Wandb:
         """Begin or continue the run.
 
         Raises:
-            UserError: online was asked for and there is no API key.
+            UserError: wandb refuses, for example the API key.
         """
         os.environ.setdefault("WANDB_SILENT", "true")
         import wandb
 
-        if self.mode == "online" and not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
-            raise UserError("log.wandb: online needs an API key; set WANDB_API_KEY or write log.wandb=offline")
         (session.directory / "logs").mkdir(exist_ok=True)
-        self._run = wandb.init(
-            project=self.project,
-            name=session.recipe.run.name,
-            id=session.recipe.run.name,
-            dir=str(session.directory / "logs"),
-            mode="offline" if self.mode == "offline" else "online",
-            resume="allow",
-        )
+        name = str(session.recipe.run.name)
+        try:
+            self._run = wandb.init(
+                project=self.project,
+                name=name,
+                id=name.replace(",", "_"),  # the one letter of a run's name that wandb does not take
+                dir=str(session.directory / "logs"),
+                mode="offline" if self.mode == "offline" else "online",
+                resume="allow",
+            )
+        except wandb.Error as error:
+            raise UserError(f"log.wandb: {error}; mend it or write log.wandb=offline") from error
 
     def on_step(self, session: Session, record: StepRecord, stopping: bool) -> None:
         """Log the step's numbers."""

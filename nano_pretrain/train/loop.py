@@ -12,6 +12,7 @@ from nano_pretrain.data.curriculum import StagePlan
 from nano_pretrain.data.loader import BatchReader
 from nano_pretrain.parallel.groups import data_parallel_place
 from nano_pretrain.recipe.derived import stage_layout
+from nano_pretrain.recipe.errors import RunError
 from nano_pretrain.schedule.learning_rate import learning_rate
 from nano_pretrain.train.session import Callback, Session, StepRecord
 from nano_pretrain.train.signals import StopRequest
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from nano_pretrain.train.step import StepResult
 
 
-class NotFiniteError(Exception):
+class NotFiniteError(RunError):
     """The loss or the gradient is NaN or infinite; the run ends without a checkpoint of it."""
 
 

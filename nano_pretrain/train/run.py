@@ -19,11 +19,17 @@ from nano_pretrain.evaluate.heldout import HeldOut
 from nano_pretrain.parallel.groups import Ranks, data_parallel_place, process_groups, ranks_from_environment
 from nano_pretrain.platform import Platform, current_platform
 from nano_pretrain.recipe.derived import stage_layout
-from nano_pretrain.recipe.errors import EXIT_CONTINUE, EXIT_DONE, UserError
+from nano_pretrain.recipe.errors import EXIT_CONTINUE, EXIT_DONE
 from nano_pretrain.recipe.load import to_yaml
 from nano_pretrain.recipe.schema import ParallelConfig, Recipe
 from nano_pretrain.train.callbacks import Checkpoints, Metrics, Validation
-from nano_pretrain.train.directory import only_trainer, truncate_streams, write_json, write_whole
+from nano_pretrain.train.directory import (
+    full_disk_is_the_users_to_mend,
+    only_trainer,
+    truncate_streams,
+    write_json,
+    write_whole,
+)
 from nano_pretrain.train.environment import environment
 from nano_pretrain.train.exit_file import ExitFile
 from nano_pretrain.train.loggers import ProgressBar, TensorBoard, Wandb
@@ -55,6 +61,7 @@ def train(recipe: Recipe, directory: Path) -> int:
         if ranks.is_first:
             stack.enter_context(only_trainer(directory))
         ending = stack.enter_context(ExitFile(directory, ranks))
+        stack.enter_context(full_disk_is_the_users_to_mend())
         ending.set(*_train(recipe, directory, ranks, request, ending))
         if ending.code == EXIT_DONE and ranks.is_first:
             ending.write()
@@ -116,15 +123,11 @@ def _resume(session: Session) -> None:
     with session.platform.optimizer_scope():
         manifest = load_newest(session.directory, trainable.model, trainable.optimizer)
     if manifest is not None:
-        if manifest.corpus != session.corpus.fingerprint:
-            raise UserError(
-                f"data.path: the shards in {session.corpus.path} are not those that the run in {session.directory} "
-                "was trained on; restore them or choose another run.name"
-            )
         session.tokens, session.step, session.saved_tokens = manifest.tokens, manifest.step, manifest.tokens
     description = environment(session)
     if session.ranks.is_first:
         truncate_streams(session.directory, session.tokens if manifest else -1)
+        write_json(session.directory / "ledger.json", ledger(session.curriculum, session.tokens))
         write_whole(session.directory / "recipe.yaml", to_yaml(session.recipe))
         write_json(session.directory / "environment.json", description)
     dist.barrier()

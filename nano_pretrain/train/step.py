@@ -62,7 +62,7 @@ class Trainable:
             self.optimizer: Any = get_megatron_optimizer(
                 _optimizer_config(recipe, layout, config.params_dtype),
                 [self.wrapped],
-                config_overrides=_without_decay(),
+                config_overrides=_without_decay(config.params_dtype),
                 use_gloo_process_groups=platform.backend != "gloo",
             )
         config.no_sync_func = self.wrapped.no_sync
@@ -128,12 +128,16 @@ class Trainable:
             group["weight_decay"] = self.recipe.optimizer.weight_decay * group.get("wd_mult", 1.0)
 
 
-def _without_decay() -> dict[ParamKey, dict[str, Any]]:
-    """Parameters that do not decay: norms and biases, and apart from them what stays FP32 in a BF16 model.
+def _without_decay(dtype: torch.dtype) -> dict[ParamKey, dict[str, Any]]:
+    """Parameters that do not decay: norms, biases, A_log, D and dt_bias.
 
-    megatron-core 0.16.1 mixes up the optimizer states of a group that holds parameters of both dtypes, so the FP32 ones
-    get a group of their own; its key is an override that nothing reads.
+    megatron-core 0.16.1 mixes up the optimizer states of a group that holds parameters of both dtypes, so what stays
+    FP32 in a BF16 model gets a group of its own; its key is an override that nothing reads. In an FP32 model all are in
+    one group: without the distributed optimizer, megatron-core takes two with equal multipliers for one when it loads.
     """
+    if dtype == torch.float32:
+        every = ParamWithNamePredicate("vectors", lambda parameter, name: parameter.dim() == 1)
+        return {ParamKey(with_name_predicate=every): {"wd_mult": 0.0}}
     kept = ParamWithNamePredicate("kept_fp32", lambda parameter, name: name.endswith(KEPT_FP32))
     vectors = ParamWithNamePredicate(
         "vectors", lambda parameter, name: parameter.dim() == 1 and not name.endswith(KEPT_FP32)

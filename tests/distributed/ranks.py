@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -53,7 +54,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     """What `function(*args)` returns on each rank, in the order of the ranks.
 
     Args:
-        function: function of a module, with picklable arguments and result; it finds RANK and the like in its environment.
+        function: function of a module, with picklable arguments and result; RANK and the like are in its environment.
         world_size: number of ranks.
         *args: its arguments.
         timeout: seconds after which a rank ends itself.
@@ -73,9 +74,9 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
 @contextmanager
 def _store() -> Iterator[int]:
     """The rendezvous store; it lives here, so that its port is bound before a rank is told of it."""
-    from torch.distributed import TCPStore
+    import torch.distributed as dist
 
-    store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
+    store = dist.TCPStore(HOST, 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
     yield store.port
     del store
 
@@ -107,8 +108,10 @@ def _main(sender: Connection, output: Path, environment: dict[str, str], work: A
     with output.open("w") as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
-    faulthandler.dump_traceback_later(timeout, exit=True, file=sys.__stderr__)
+    faulthandler.dump_traceback_later(timeout, exit=True, file=2)
     torch.set_num_threads(1)
+    # The checkpoint writer starts a process that would import the main module, that is pytest, again.
+    sys.modules["__main__"] = ModuleType("__main__")
     function, args = work
     try:
         answer: tuple[bool, Any] = (True, function(*args))

@@ -18,7 +18,7 @@ def test_the_rank_that_failed_first_is_shown_first() -> None:
         run_ranks(rank_functions.fails_on, 2, 1)
     message = str(caught.value)
     assert message.startswith("rank 1 of 2:\nTraceback")
-    assert "ValueError: the trouble of rank 1" in message.split("rank 0")[0]
+    assert "ValueError: the trouble of rank 1" in message.split("rank 0", maxsplit=1)[0]
     assert "last words" in message
 
 

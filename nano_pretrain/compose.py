@@ -1,0 +1,127 @@
+"""From the overrides of a command to checked recipes: one, or one for each combination under --multirun."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from nano_pretrain.recipe.errors import UserError
+from nano_pretrain.recipe.explain import explain
+from nano_pretrain.recipe.load import tree, typed_recipe
+from nano_pretrain.recipe.schema import Recipe
+from nano_pretrain.schedule.learning_rate import validate_schedule
+
+LONGEST_NAME = 100
+
+
+@dataclass(frozen=True)
+class Job:
+    """One composed recipe.
+
+    Attributes:
+        recipe: checked, with the name of its run.
+        overrides: what composes it again, without the name.
+    """
+
+    recipe: Recipe
+    overrides: tuple[str, ...]
+
+    def command(self, verb: str) -> list[str]:
+        """The verb in a process of its own."""
+        return [sys.executable, "-m", "nano_pretrain", verb, *self.overrides, f"run.name='{self.recipe.run.name}'"]
+
+
+def compose(overrides: Sequence[str]) -> Job:
+    """Compose and check the recipe.
+
+    Raises:
+        UserError: an override or the recipe is wrong.
+    """
+    config = _composed(overrides)
+    choice = config.hydra.runtime.choices["recipe"]
+    recipe = typed_recipe(_without_hydra(config))
+    for name, stage in recipe.stages.items():
+        validate_schedule(stage.schedule, stage.tokens, f"stages.{name}.schedule")
+    recipe.run.name = recipe.run.name or choice
+    return Job(recipe, tuple(part for part in overrides if not part.startswith("run.name=")))
+
+
+def compose_sweep(overrides: Sequence[str]) -> list[Job]:
+    """Compose and check a recipe for each combination of the values that overrides list, `field=first,second`.
+
+    What tells a job from the others becomes part of its run's name, unless the names differ already.
+
+    Raises:
+        UserError: an override or one of the recipes is wrong, or two jobs are the same.
+    """
+    with _explained(overrides):
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+    jobs = [compose(combination) for combination in itertools.product(*map(_alternatives, parsed))]
+    if len({job.recipe.run.name for job in jobs}) == len(jobs):
+        return jobs
+    common = set.intersection(*(set(job.overrides) for job in jobs))
+    for job in jobs:
+        own = [part for part in job.overrides if part not in common]
+        job.recipe.run.name = _directory_name("-".join([str(job.recipe.run.name), *own]))
+    if len({job.recipe.run.name for job in jobs}) < len(jobs):
+        raise UserError("--multirun: two of the jobs are the same; give each value once")
+    return jobs
+
+
+def composed_yaml(overrides: Sequence[str], resolve: bool) -> str:
+    """The recipe as it is composed, unchecked; `resolve` replaces references ${...}.
+
+    Raises:
+        UserError: an override is wrong.
+    """
+    config = _without_hydra(_composed(overrides))
+    with _explained(overrides):
+        return OmegaConf.to_yaml(config, resolve=resolve)
+
+
+def _composed(overrides: Sequence[str]) -> DictConfig:
+    ConfigStore.instance().store(name="schema", node=Recipe)
+    with _explained(overrides), hydra.initialize_config_dir(str(tree("recipes")), version_base="1.3"):
+        return hydra.compose("config", list(overrides), return_hydra_config=True)
+
+
+def _without_hydra(config: DictConfig) -> DictConfig:
+    with open_dict(config):
+        del config["hydra"]
+    return config
+
+
+@contextmanager
+def _explained(overrides: Sequence[str]) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        # Nothing but the user's input is at work while a recipe is composed.
+        raise UserError(explain(error, overrides)) from error
+
+
+def _alternatives(override: Override) -> list[str]:
+    if not override.is_sweep_override():
+        return [str(override.input_line)]
+    if not override.is_discrete_sweep():
+        raise UserError(f"{override.key_or_group}: a range of real numbers has no end; list the values")
+    return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+
+
+def _directory_name(text: str) -> str:
+    name = re.sub(r"[^A-Za-z0-9_=.,+-]", "_", text)
+    if name == text and len(name) <= LONGEST_NAME:
+        return name
+    # What was replaced or cut may be all that tells two jobs apart.
+    return f"{name[:LONGEST_NAME]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"

@@ -1,0 +1,98 @@
+"""What can be refused or answered before a rank starts; imports no torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from nano_pretrain.checkpoint.manifest import newest_manifest, newest_tokens
+from nano_pretrain.data.curriculum import Curriculum
+from nano_pretrain.data.shards import Corpus, open_corpus
+from nano_pretrain.platform.preflight import check_dependencies
+from nano_pretrain.recipe.derived import stage_layout
+from nano_pretrain.recipe.errors import EXIT_DONE, UserError
+from nano_pretrain.recipe.load import check_same_run
+from nano_pretrain.recipe.rules import check_ranks
+from nano_pretrain.recipe.schema import Recipe
+from nano_pretrain.train.directory import check_not_held
+
+
+def check_before(recipe: Recipe, directory: Path, first_rank: bool) -> Curriculum:
+    """Refuse what cannot go well; writes nothing.
+
+    Args:
+        recipe: the recipe.
+        directory: directory of the run.
+        first_rank: whether this process is the launcher or the first rank, before which nobody holds the directory.
+
+    Returns:
+        What the run reads.
+
+    Raises:
+        UserError: a dependency is missing, or corpus, recipe and directory do not belong together, or another trainer
+            is at work there.
+    """
+    check_same_run(recipe, directory)
+    check_dependencies(recipe)
+    corpus = open_corpus(Path(recipe.data.path))
+    _check_corpus(recipe, directory, corpus)
+    if first_rank:
+        check_not_held(directory)
+    return Curriculum(recipe, {name: stream.tokens for name, stream in corpus.train.items()})
+
+
+def _check_corpus(recipe: Recipe, directory: Path, corpus: Corpus) -> None:
+    if corpus.vocab_size > recipe.model.vocab_size:
+        raise UserError(
+            f"model.vocab_size: {recipe.model.vocab_size} is smaller than the {corpus.vocab_size} entries of "
+            f"{corpus.tokenizer_file}; write model.vocab_size={corpus.vocab_size}"
+        )
+    manifest = newest_manifest(directory)
+    if manifest is not None and manifest.corpus != corpus.fingerprint:
+        raise UserError(
+            f"data.path: the shards in {corpus.path} are not those that the run in {directory} was trained on; "
+            "restore them or choose another run.name"
+        )
+
+
+def check_started_ranks(recipe: Recipe, directory: Path, curriculum: Curriculum, world_size: int) -> None:
+    """Check the number of ranks that somebody has started against the stage that is next.
+
+    Raises:
+        RecipeError: the layout or the batch does not fit them.
+    """
+    stage = curriculum.stage_at(min(newest_tokens(directory) or 0, curriculum.total_tokens - 1))
+    prefix = f"stages.{stage.name}.parallel" if stage.config.parallel else "parallel"
+    layout = stage_layout(recipe, stage.config)
+    check_ranks(f"stages.{stage.name}", prefix, stage.config, layout, world_size, "started")
+
+
+def answer(recipe: Recipe, directory: Path, curriculum: Curriculum, speaks: bool) -> int | None:
+    """The exit code where nothing is left to do: a dry run, or a run that is finished, whose report is rendered again.
+
+    Args:
+        recipe: the recipe.
+        directory: directory of the run.
+        curriculum: what the run reads.
+        speaks: whether this process prints.
+    """
+    if recipe.dry_run:
+        if speaks:
+            print(f"would train {directory} to {curriculum.total_tokens:,} tokens in {curriculum.total_steps:,} steps")
+        return EXIT_DONE
+    done = newest_tokens(directory)
+    if done is None or done < curriculum.total_tokens or not _ended_well(directory):
+        return None
+    if speaks:
+        from nano_pretrain.report import render_report
+
+        print(f"{directory}: already finished at {done:,} tokens; report: {render_report(directory)}")
+    return EXIT_DONE
+
+
+def _ended_well(directory: Path) -> bool:
+    """Whether the last process of the run also wrote what follows the last checkpoint."""
+    try:
+        return bool(json.loads((directory / "exit.json").read_text())["code"] == EXIT_DONE)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
