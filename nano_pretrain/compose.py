@@ -6,14 +6,16 @@ import hashlib
 import itertools
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nano_pretrain.recipe.errors import UserError
@@ -23,6 +25,8 @@ from nano_pretrain.recipe.schema import Recipe
 from nano_pretrain.schedule.learning_rate import validate_schedule
 
 LONGEST_NAME = 100
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ def compose_sweep(overrides: Sequence[str]) -> list[Job]:
         UserError: an override or one of the recipes is wrong, or two jobs are the same.
     """
     with _explained(overrides):
-        parsed = OverridesParser.create().parse_overrides(list(overrides))
+        parsed = _reading_text(OverridesParser.create().parse_overrides, overrides)
     jobs = [compose(combination) for combination in itertools.product(*map(_alternatives, parsed))]
     if len({job.recipe.run.name for job in jobs}) == len(jobs):
         return jobs
@@ -93,7 +97,22 @@ def composed_yaml(overrides: Sequence[str], resolve: bool) -> str:
 def _composed(overrides: Sequence[str]) -> DictConfig:
     ConfigStore.instance().store(name="schema", node=Recipe)
     with _explained(overrides), hydra.initialize_config_dir(str(tree("recipes")), version_base="1.3"):
-        return hydra.compose("config", list(overrides), return_hydra_config=True)
+        return _reading_text(lambda parts: hydra.compose("config", parts, return_hydra_config=True), overrides)
+
+
+def _reading_text(read: Callable[[list[str]], T], overrides: Sequence[str]) -> T:
+    """What `read` makes of the overrides; a value that Hydra's grammar cannot read is text, for example a prompt."""
+    parts = list(overrides)
+    while True:
+        try:
+            return read(parts)
+        except OverrideParseException as error:
+            field, equals, value = error.override.partition("=")
+            if not re.fullmatch(r"\+{0,2}[\w.]+", field) or not equals or value.startswith("'"):
+                raise
+            # A backslash counts only before a quote.
+            quoted = re.sub(r"(\\*)('|$)", lambda end: 2 * end[1] + ("\\'" if end[2] else ""), value)
+            parts[parts.index(error.override)] = f"{field}='{quoted}'"
 
 
 def _without_hydra(config: DictConfig) -> DictConfig:

@@ -14,6 +14,7 @@ from queue import SimpleQueue
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 
 from nano_pretrain.checkpoint.manifest import (
     MANIFEST,
@@ -88,15 +89,15 @@ def save_checkpoint(
     final = checkpoints_directory(run_dir) / str(tokens)
     writing = final.with_name(f".writing-{tokens}")
     first = dist.get_rank() == 0
-    with _collective(writing):
+    with _collective(writing, expected_bytes):
         if first:
             _fresh(writing, expected_bytes)
-    with _collective(writing), _results_in_process():
+    with _collective(writing, expected_bytes), _results_in_process():
         dist_checkpointing.save(sharded_state(model, optimizer, loading=False), str(writing))
-    with _collective(writing):
+    with _collective(writing, expected_bytes):
         mine = file_entries(writing, _share([str(p.relative_to(writing)) for p in writing.rglob("*") if p.is_file()]))
     entries = {name: entry for part in _gather(mine) for name, entry in part.items()}
-    with _collective(writing):
+    with _collective(writing, expected_bytes):
         if first:
             versions = {name: version(name) for name in VERSIONS}
             Manifest(tokens, step, layout, versions, corpus, entries).write(writing)
@@ -154,26 +155,38 @@ def retain(run_dir: Path, keep: int) -> None:
 
 
 @contextmanager
-def _collective(writing: Path) -> Iterator[None]:
+def _collective(writing: Path, expected_bytes: int) -> Iterator[None]:
     """Work after which all ranks go on or none does; where one failed, what was written is removed.
 
     The work may not communicate where it can fail on one rank alone: the others would wait for it.
+
+    Raises:
+        UserError: there is no room for the checkpoint.
     """
-    failure: Exception | None = None
+    failure: BaseException | None = None
     try:
         yield
-    except Exception as error:
+    except (Exception, CheckpointException) as error:
         failure = error
-    reports = [text for text in _gather("" if failure is None else f"{type(failure).__name__}: {failure}") if text]
-    if not reports:
+    full = failure is not None and _is_full(failure, writing.parent, expected_bytes)
+    reports = _gather(("" if failure is None else f"{type(failure).__name__}: {failure}", full))
+    texts = [text for text, _ in reports if text]
+    if not texts:
         return
     if dist.get_rank() == 0:
         _remove(writing)
-    if any(os.strerror(errno.ENOSPC) in report or "file write failed" in report for report in reports):
+    if any(full for _, full in reports):
         raise UserError(
             "run.dir: the disk is full, the checkpoint was not written; free space and run again"
         ) from failure
-    raise failure or RuntimeError(f"another rank failed to write a checkpoint: {reports[0]}")
+    raise failure or RuntimeError(f"another rank failed to write a checkpoint: {texts[0]}")
+
+
+def _is_full(failure: BaseException, directory: Path, expected_bytes: int) -> bool:
+    """Whether room is what was missing; torch's file writer hides the error number."""
+    if isinstance(failure, OSError) and failure.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return directory.is_dir() and shutil.disk_usage(directory).free < expected_bytes
 
 
 @contextmanager
@@ -184,12 +197,15 @@ def _results_in_process() -> Iterator[None]:
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    own = filesystem_async._results_queue
+    own, level = filesystem_async._results_queue, filesystem_async.logger.level
     filesystem_async._results_queue = SimpleQueue()
+    # It also raises what it would log.
+    filesystem_async.logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
         filesystem_async._results_queue = own
+        filesystem_async.logger.setLevel(level)
 
 
 def _gather(value: T) -> list[T]:

@@ -31,6 +31,7 @@ MODULES = (
     "megatron.core.pipeline_parallel.schedules",
     "megatron.core.distributed",
     "megatron.core.distributed.finalize_model_grads",
+    "megatron.core.fusions.fused_bias_dropout",
     "megatron.core.optimizer",
     "megatron.core.dist_checkpointing",
     "megatron.core.dist_checkpointing.strategies.async_utils",
@@ -40,6 +41,7 @@ MODULES = (
     "megatron.core.dist_checkpointing.strategies.torch",
     "megatron.core.models.mamba.mamba_model",
     "megatron.core.ssm.mamba_block",
+    "megatron.core.ssm.mamba_layer",
     "megatron.core.ssm.mamba_mixer",
     "megatron.core.transformer.attention",
     "megatron.core.inference.contexts",
@@ -139,7 +141,7 @@ def view_torch(view: ModuleType) -> None:
 
 
 def rng_setter(view: ModuleType) -> None:
-    """RNG tracker: `_set_cuda_rng_state` calls into torch's C++ CUDA module."""
+    """RNG tracker: `_set_cuda_rng_state` leaves its work to the start of CUDA, which never comes: the work piles up."""
     random = importlib.import_module("megatron.core.tensor_parallel.random")
 
     def set_state(new_state: torch.Tensor, device: int = -1, graph_safe: bool = False) -> None:

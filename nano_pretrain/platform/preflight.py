@@ -5,11 +5,9 @@ from __future__ import annotations
 import os
 from importlib.util import find_spec
 from netrc import NetrcParseError, netrc
-from pathlib import Path
 from urllib.parse import urlsplit
 
 from nano_pretrain.recipe.errors import RecipeError, UserError
-from nano_pretrain.recipe.pattern import count_layers
 from nano_pretrain.recipe.schema import Recipe
 
 UNDECLARED = {
@@ -21,32 +19,29 @@ UNDECLARED = {
 
 
 def check_dependencies(recipe: Recipe) -> None:
-    """Refuse what this machine cannot run.
+    """Refuse what cannot run here.
 
     Raises:
         UserError: a package is missing.
-        RecipeError: the recipe asks for what the CPU path does not do.
+        RecipeError: the recipe asks for what this version would silently leave out, or for wandb without a key.
     """
     for package, reason in UNDECLARED.items():
         if find_spec(package) is None:
             raise UserError(f"{package}: not installed, and {reason}; pip install {package}")
     if recipe.log.wandb == "online" and not _has_wandb_key():
         raise RecipeError("log.wandb", "online needs an API key", "set WANDB_API_KEY or write log.wandb=offline")
-    if _has_nvidia_driver():
-        return
     if recipe.precision.name.startswith("fp8"):
         raise RecipeError(
-            "precision.name",
-            f"{recipe.precision.name} is not available on a CPU in this version",
-            "write precision=bf16",
+            "precision.name", f"{recipe.precision.name} is not available in this version", "write precision=bf16"
         )
-    layouts = [recipe.parallel, *(stage.parallel for stage in recipe.stages.values() if stage.parallel)]
-    if count_layers(recipe.model.pattern).attention and any(layout.context > 1 for layout in layouts):
-        raise RecipeError(
-            "parallel.context",
-            "attention under context parallelism is not available on a CPU in this version",
-            "write parallel.context=1",
-        )
+    layouts = {f"stages.{name}.parallel": stage.parallel for name, stage in recipe.stages.items() if stage.parallel}
+    for field, layout in {"parallel": recipe.parallel, **layouts}.items():
+        if layout.context > 1:
+            raise RecipeError(
+                f"{field}.context",
+                "context parallelism is not available in this version",
+                f"write {field}.context=1",
+            )
 
 
 def _has_wandb_key() -> bool:
@@ -58,7 +53,3 @@ def _has_wandb_key() -> bool:
         return netrc(os.environ.get("NETRC")).authenticators(host) is not None
     except (OSError, NetrcParseError):
         return False
-
-
-def _has_nvidia_driver() -> bool:
-    return Path("/proc/driver/nvidia/version").exists()

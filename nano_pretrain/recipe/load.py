@@ -81,8 +81,11 @@ def recorded_recipe(run_dir: Path) -> Recipe:
         raise UserError(f"run.name: no run in {run_dir}; train it first, or write run.name=NAME of one that exists")
     try:
         recipe = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), OmegaConf.load(path)))
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"{path}: not a recipe of this version ({str(error).splitlines()[0]})") from error
+    except (yaml.YAMLError, OmegaConfBaseException, TypeError) as error:
+        problem = str(error).partition("\n")[0]
+        raise UserError(
+            f"{path}: no recipe of this version ({problem}); restore it or choose another run.name"
+        ) from error
     assert isinstance(recipe, Recipe)
     return recipe
 
@@ -93,36 +96,28 @@ def check_same_run(recipe: Recipe, run_dir: Path) -> None:
     Raises:
         UserError: a field that is not free on resume differs from the recorded recipe.
     """
-    path = run_dir / "recipe.yaml"
-    if not path.exists():
+    if not (run_dir / "recipe.yaml").exists():
         return
-    try:
-        old = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+    for field, new, old in _differences(recipe, recorded_recipe(run_dir), ""):
+        # Stages and phases cannot be written on the command line.
+        way_back = "" if isinstance(old, list) else f", or write {field}={as_written(old)} to continue that run"
         raise UserError(
-            f"{path}: is not YAML any more ({error.__class__.__name__}); restore it or choose another run.name"
-        ) from error
-    for field, new_value, old_value in _differences(recipe, old, ""):
-        new_text, old_text = as_written(new_value), as_written(old_value)
-        raise UserError(
-            f"{field}: {new_text} differs from {old_text} of the run in {run_dir}; "
-            f"choose another run.name, or write {field}={old_text} to continue that run"
+            f"{field}: {as_written(new)} differs from {as_written(old)} of the run in {run_dir}; "
+            f"choose another run.name{way_back}"
         )
 
 
 def _differences(new: Any, old: Any, prefix: str) -> Iterator[tuple[str, Any, Any]]:
-    """Fields that are not free and differ, depth first, in the schema's order."""
+    """Fields that are not free and differ, depth first, in the schema's order; a list is one of names."""
     for item in fields(new):
-        name, value = prefix + item.name, getattr(new, item.name)
-        before = old.get(item.name) if isinstance(old, dict) else None
-        if is_dataclass(value):
-            if item.metadata["resume"] == Resume.FREE and isinstance(before, dict):
-                yield from _differences(value, before, f"{name}.")
-        elif isinstance(value, dict) and all(is_dataclass(v) for v in value.values()):
-            if list(value) != list(before or {}):
-                yield name, list(value), list(before or {})
+        name, value, before = prefix + item.name, getattr(new, item.name), getattr(old, item.name)
+        if is_dataclass(value) and is_dataclass(before):
+            yield from _differences(value, before, f"{name}.")
+        elif isinstance(value, dict) and all(is_dataclass(part) for part in [*value.values(), *before.values()]):
+            if list(value) != list(before):
+                yield name, list(value), list(before)
             else:
                 for key in value:
-                    yield from _differences(value[key], before[key] if before else {}, f"{name}.{key}.")
+                    yield from _differences(value[key], before[key], f"{name}.{key}.")
         elif item.metadata["resume"] != Resume.FREE and value != before:
             yield name, value, before

@@ -10,6 +10,7 @@ from datetime import timedelta
 from typing import Any
 
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Column
 from rich.text import Text
 
 from nano_pretrain.recipe.errors import UserError
@@ -20,7 +21,10 @@ PLAIN_INTERVAL_SECONDS = 15.0
 
 
 class _Summary(ProgressColumn):
-    """Loss and speed of the last step."""
+    """Loss and speed of the last step, on one line however narrow the terminal is."""
+
+    def __init__(self) -> None:
+        super().__init__(Column(no_wrap=True))
 
     def render(self, task: Task) -> Text:
         return Text(str(task.fields.get("summary", "")))
@@ -50,12 +54,12 @@ class ProgressBar:
         if sys.stdout.isatty():
             columns = (
                 TextColumn("{task.description}"),
-                BarColumn(),
+                BarColumn(bar_width=None),
                 TaskProgressColumn(),
                 TimeRemainingColumn(),
                 _Summary(),
             )
-            self._bar = Progress(*columns)
+            self._bar = Progress(*columns, expand=True)
             self._bar.start()
             self._task = self._bar.add_task("", total=self.total, completed=session.tokens)
 
@@ -64,14 +68,15 @@ class ProgressBar:
         if record.step % self.every and not stopping and not session.finished:
             return
         utilisation = "" if record.mfu is None else f"  MFU {record.mfu:.1%}"
-        summary = f"step {record.step}  loss {record.loss:.3f}  {record.tokens_per_second:,.0f} tokens/s{utilisation}"
+        summary = f"loss {record.loss:.3f}  {record.tokens_per_second:,.0f} tokens/s{utilisation}"
         if self._bar is not None:
             description = f"{record.stage}/{record.phase}"
             self._bar.update(self._task, completed=record.tokens, description=description, summary=summary)
         elif stopping or session.finished or time.monotonic() - self._last_line >= PLAIN_INTERVAL_SECONDS:
             self._last_line = time.monotonic()
             print(
-                f"{record.stage}/{record.phase}  {record.tokens / self.total:4.0%}  {summary}  {self._left(record)}",
+                f"{record.stage}/{record.phase}  {record.tokens / self.total:4.0%}  step {record.step}  {summary}  "
+                f"{self._left(record)}",
                 flush=True,
             )
 

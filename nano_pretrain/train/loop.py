@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -45,34 +46,42 @@ def run_loop(
         NotFiniteError: loss or gradient norm is NaN or infinite.
     """
     throughput = Throughput(session)
-    for callback in callbacks:
-        callback.on_start(session)
-    ending: Ending | None = None
-    while ending is None and not session.finished:
-        start = time.perf_counter()
-        stage = session.curriculum.stage_at(session.tokens)
-        lr = learning_rate(
-            stage.config.schedule, stage.config.tokens, session.tokens + stage.tokens_per_step - stage.start_tokens
-        )
-        result = _step(session, reader, stage, lr, request)
-        phase = session.curriculum.phase_at(session.tokens)
-        session.tokens += stage.tokens_per_step
-        session.step += 1
-        speed, mfu = throughput.measure(stage, time.perf_counter() - start)
-        record = StepRecord(
-            session.step, session.tokens, result.loss, lr, result.grad_norm, speed, mfu,
-            stage.name, phase, stage.sequence_length, stage.global_batch_size,
-        )  # fmt: skip
-        _check_finite(record)
-        ending = _ending(session, result, request)
+    with ExitStack() as stack:
         for callback in callbacks:
-            callback.on_step(session, record, stopping=ending is not None)
-    for callback in callbacks:
-        callback.on_end(session)
+            callback.on_start(session)
+            stack.callback(callback.on_end, session)
+        ending: Ending | None = None
+        while ending is None and not session.finished:
+            record, stop = _step(session, reader, throughput, request)
+            ending = _ending(session, stop, request)
+            for callback in callbacks:
+                callback.on_step(session, record, stopping=ending is not None)
     return ending
 
 
-def _step(session: Session, reader: BatchReader, stage: StagePlan, lr: float, request: StopRequest) -> StepResult:
+def _step(
+    session: Session, reader: BatchReader, throughput: Throughput, request: StopRequest
+) -> tuple[StepRecord, bool]:
+    """One step on the clock; also whether a rank was asked to stop."""
+    start = time.perf_counter()
+    stage = session.curriculum.stage_at(session.tokens)
+    lr = learning_rate(
+        stage.config.schedule, stage.config.tokens, session.tokens + stage.tokens_per_step - stage.start_tokens
+    )
+    result = _optimize(session, reader, stage, lr, request)
+    phase = session.curriculum.phase_at(session.tokens)
+    session.tokens += stage.tokens_per_step
+    session.step += 1
+    speed, mfu = throughput.measure(stage, time.perf_counter() - start)
+    record = StepRecord(
+        session.step, session.tokens, result.loss, lr, result.grad_norm, speed, mfu,
+        stage.name, phase, stage.sequence_length, stage.global_batch_size,
+    )  # fmt: skip
+    _check_finite(record)
+    return record, result.stop
+
+
+def _optimize(session: Session, reader: BatchReader, stage: StagePlan, lr: float, request: StopRequest) -> StepResult:
     ranks = data_parallel_place()[1]
     return session.trainable.step(
         reader.micro_batches(session.tokens),
@@ -87,14 +96,14 @@ def _check_finite(record: StepRecord) -> None:
     if not (math.isfinite(record.loss) and math.isfinite(record.grad_norm)):
         raise NotFiniteError(
             f"step {record.step}: loss {record.loss}, gradient norm {record.grad_norm}; "
-            "the checkpoints before it are kept. Lower the learning rate, or start again with another run.name"
+            "the checkpoints before it are kept; run again, or begin another run.name with a lower learning rate"
         )
 
 
-def _ending(session: Session, result: StepResult, request: StopRequest) -> Ending | None:
+def _ending(session: Session, stop: bool, request: StopRequest) -> Ending | None:
     if session.finished:
         return None
-    if result.stop:
+    if stop:
         return Ending(f"stopped by {request.signal_name or 'a signal on another rank'}")
     following = session.curriculum.stage_at(session.tokens)
     if stage_layout(session.recipe, following.config) != session.layout:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -11,7 +11,7 @@ from nano_pretrain.data.shards import Corpus
 from nano_pretrain.parallel.groups import Ranks, data_parallel_place
 from nano_pretrain.plan.params import count_parameters
 from nano_pretrain.platform import Platform
-from nano_pretrain.recipe.derived import parameter_dtype
+from nano_pretrain.recipe.derived import padded_vocab_size, parameter_dtype
 from nano_pretrain.recipe.schema import ParallelConfig, Recipe
 
 if TYPE_CHECKING:
@@ -54,10 +54,11 @@ class Session:
         return self.tokens >= self.curriculum.total_tokens
 
     def checkpoint_bytes(self) -> int:
-        """Size of a checkpoint: each parameter, and its FP32 copy and two moments."""
-        recipe = self.recipe
-        itemsize = 4 if parameter_dtype(recipe.precision) == "float32" else 2
-        return count_parameters(recipe.model).total * (itemsize + 12)
+        """Room that a checkpoint needs: each parameter, its FP32 copy and two moments, and what the format adds."""
+        model = self.recipe.model
+        padded = replace(model, vocab_size=padded_vocab_size(model))
+        itemsize = 4 if parameter_dtype(self.recipe.precision) == "float32" else 2
+        return int(1.05 * count_parameters(padded).total * (itemsize + 12)) + 2**20
 
     def layout_summary(self) -> dict[str, Any]:
         """Sizes of the layout, for the manifest and the environment."""
@@ -105,4 +106,4 @@ class Callback(Protocol):
         """After a step; `stopping` if the loop ends after it."""
 
     def on_end(self, session: Session) -> None:
-        """After the last step of this process, also when it stops on request."""
+        """After the last step of this process, whatever ends it; called where `on_start` was."""

@@ -43,6 +43,17 @@ def test_reference_to_another_field() -> None:
     assert recipe.data.seed == 5
 
 
+@pytest.mark.parametrize(
+    "text", ["def add(a, b):", "a=b", "it's (so)", "(", "{x", "a\nb(", "100% (sure)", 'say "hi" (now)', "x(\\", "q(\\'"]
+)
+def test_text_that_the_grammar_cannot_read_is_text(text: str) -> None:
+    job = compose([f"generate.prompt={text}", "run.seed=3"])
+    assert (job.recipe.generate.prompt, job.recipe.run.seed) == (text, 3)
+    assert compose(job.command("train")[4:]).recipe == job.recipe
+    swept = compose_sweep([f"generate.prompt={text}", "run.seed=3,4"])
+    assert [each.recipe.generate.prompt for each in swept] == [text, text]
+
+
 def test_run_is_named_after_its_recipe() -> None:
     assert compose(["recipe=nano_12b_v2_thin"]).recipe.run.name == "nano_12b_v2_thin"
 

@@ -21,8 +21,9 @@ NAMES_AND_FORM = [
     ("hello", ["hello: cannot be read", "field=value"]),
     ("=3", ["=3", "write for example recipe=tiny"]),
     ("", ["cannot be read", "field=value"]),
-    ("model.pattern=[", ["model.pattern=[", "in quotes"]),
-    ("run.name=a=b", ["run.name=a=b", "in quotes"]),
+    ("model.pattern=[", ["model.pattern: unknown letter '['", "M (Mamba-2)"]),
+    ("model.hidden_size=(", ["model.hidden_size: '(' is not a whole number", "write digits"]),
+    ("generate.prompt='a' b", ["generate.prompt='a' b: cannot be read", "in quotes"]),
     ("model=large", ["model: no model 'large'", "tiny"]),
     ("model=null", ["model: is not the name of a file", "model=tiny"]),
     ("precision=fp9", ["precision: no precision 'fp9'", "bf16, fp32"]),
@@ -98,8 +99,8 @@ SHAPES = [
     ("parallel.sequence=true", ["parallel.sequence: sequence parallelism needs", "parallel.sequence=false"]),
     ("stages.pretrain.gpus=3", ["stages.pretrain.global_batch_size: 8 is not divisible", "multiple of 6"]),
     ("stages.pretrain.micro_batch_size=3", ["global_batch_size: 8 is not divisible", "multiple of 6"]),
-    ("precision=fp8_blockwise", ["precision.name: fp8_blockwise is not available on a CPU", "precision=bf16"]),
-    ("parallel.context=2", ["parallel.context: attention under context parallelism", "parallel.context=1"]),
+    ("precision=fp8_blockwise", ["precision.name: fp8_blockwise is not available", "precision=bf16"]),
+    ("parallel.context=2", ["parallel.context: context parallelism is not available", "parallel.context=1"]),
 ]
 CURRICULUM = [
     (f"{SCHEDULE}.min_lr=1", [f"{SCHEDULE}.min_lr: 1.0 is above the peak", "lower min_lr"]),

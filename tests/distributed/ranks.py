@@ -12,7 +12,6 @@ import multiprocessing
 import os
 import pickle
 import signal
-import sys
 import tempfile
 import time
 import traceback
@@ -22,7 +21,6 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -34,12 +32,35 @@ class RanksFailedError(AssertionError):
     """What went wrong on which ranks, the first one first."""
 
 
-@dataclass
+@dataclass(frozen=True)
+class _Answer:
+    """What became of a rank: its result or what went wrong, and when (seconds of the clock that all share)."""
+
+    good: bool
+    value: Any
+    time: float
+
+
+@dataclass(frozen=True)
 class _Rank:
     number: int
     process: ForkServerProcess
     answers: Connection
     output: Path
+
+    def answer(self) -> _Answer:
+        """Its answer, after the pipe or the end of the process has announced it; who dies without one died first."""
+        if self.answers.poll():
+            with suppress(EOFError):
+                answer: _Answer = pickle.loads(self.answers.recv_bytes())
+                return answer
+        self.process.join(1)
+        return _Answer(False, f"died, exit code {self.process.exitcode}, without an answer\n", 0.0)
+
+    def said(self) -> str:
+        """The end of its output."""
+        text = self.output.read_text(errors="replace") if self.output.exists() else ""
+        return f"--- output of rank {self.number} ---\n{text[-8000:]}" if text else ""
 
     def kill(self) -> None:
         """End the process and those it started: it leads a process group, unless it has only just been forked."""
@@ -102,6 +123,7 @@ def _start(number: int, world_size: int, port: int, directory: Path, work: Any, 
 def _main(sender: Connection, output: Path, environment: dict[str, str], work: Any, timeout: float) -> None:
     """The life of a rank."""
     import torch
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     os.setsid()
     os.environ.update(environment)
@@ -110,47 +132,34 @@ def _main(sender: Connection, output: Path, environment: dict[str, str], work: A
         os.dup2(stream.fileno(), 2)
     faulthandler.dump_traceback_later(timeout, exit=True, file=2)
     torch.set_num_threads(1)
-    # The checkpoint writer starts a process that would import the main module, that is pytest, again.
-    sys.modules["__main__"] = ModuleType("__main__")
+    # megatron-core's checkpoint writer would start a fresh process for its queue, which imports torch again.
+    filesystem_async._results_queue = multiprocessing.get_context("fork").Manager().Queue()
     function, args = work
     try:
-        answer: tuple[bool, Any] = (True, function(*args))
+        answer = _Answer(True, function(*args), time.monotonic())
     except BaseException:
-        answer = (False, traceback.format_exc())
+        answer = _Answer(False, traceback.format_exc(), time.monotonic())
     sender.send_bytes(pickle.dumps(answer))
     sender.close()
 
 
 def _results(ranks: Sequence[_Rank], deadline: float) -> list[Any]:
-    """Collect the answers in the order in which they come; after the first failure, the others have two seconds."""
-    results: dict[int, Any] = {}
-    failures: list[str] = []
-    waiting = {rank.answers: rank for rank in ranks}
-    while waiting and time.monotonic() < deadline:
-        for connection in wait(list(waiting), max(0.0, deadline - time.monotonic())):
-            assert isinstance(connection, Connection)
-            rank = waiting.pop(connection)
-            good, answer = _answer(rank)
-            if good:
-                results[rank.number] = answer
-                continue
-            failures.append(f"rank {rank.number} of {len(ranks)}:\n{answer}")
-            deadline = min(deadline, time.monotonic() + 2)
-    if failures or waiting:
-        silent = [f"rank {rank.number}: still running\n{_said(rank)}" for rank in waiting.values()]
-        raise RanksFailedError("\n\n".join([*failures, *silent]))
-    return [results[rank.number] for rank in ranks]
-
-
-def _answer(rank: _Rank) -> tuple[bool, Any]:
-    try:
-        good, answer = pickle.loads(rank.answers.recv_bytes())
-    except EOFError:
-        rank.process.join(1)
-        return False, f"died, exit code {rank.process.exitcode}, without an answer\n{_said(rank)}"
-    return good, answer if good else f"{answer}{_said(rank)}"
-
-
-def _said(rank: _Rank) -> str:
-    text = rank.output.read_text(errors="replace") if rank.output.exists() else ""
-    return f"--- output of rank {rank.number} ---\n{text[-8000:]}" if text else ""
+    """The results, or the failures in the order in which they happened; after the first, ranks have two seconds."""
+    answers: dict[int, _Answer] = {}
+    while len(answers) < len(ranks) and time.monotonic() < deadline:
+        waiting = [rank for rank in ranks if rank.number not in answers]
+        # A death shows at the sentinel only: processes that a rank has started hold its pipe open.
+        ends = [end for rank in waiting for end in (rank.answers, rank.process.sentinel)]
+        ready = wait(ends, max(0.0, deadline - time.monotonic()))
+        for rank in waiting:
+            if rank.answers in ready or rank.process.sentinel in ready:
+                answers[rank.number] = rank.answer()
+                if not answers[rank.number].good:
+                    deadline = min(deadline, time.monotonic() + 2)
+    silent = _Answer(False, "still running\n", float("inf"))
+    outcomes = [(answers.get(rank.number, silent), rank) for rank in ranks]
+    failures = sorted((outcome for outcome in outcomes if not outcome[0].good), key=lambda outcome: outcome[0].time)
+    if failures:
+        texts = [f"rank {rank.number} of {len(ranks)}:\n{answer.value}{rank.said()}" for answer, rank in failures]
+        raise RanksFailedError("\n\n".join(texts))
+    return [answer.value for answer, _ in outcomes]

@@ -26,7 +26,7 @@ def test_a_rank_that_dies_is_named_and_the_others_are_ended() -> None:
     start = time.monotonic()
     with pytest.raises(RanksFailedError, match=r"^rank 0 of 2:\ndied, exit code 7"):
         run_ranks(rank_functions.dies, 2, 0)
-    assert time.monotonic() - start < 30
+    assert time.monotonic() - start < 50, "not after the timeout"
 
 
 def test_a_rank_that_hangs_ends_with_its_stack() -> None:

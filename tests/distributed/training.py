@@ -12,7 +12,13 @@ from nano_pretrain.checkpoint.sharded import load_checkpoint, sharded_state
 from nano_pretrain.data.curriculum import Curriculum
 from nano_pretrain.data.loader import BatchReader
 from nano_pretrain.data.shards import open_corpus
-from nano_pretrain.parallel.groups import data_parallel_place, process_groups, ranks_from_environment
+from nano_pretrain.parallel.groups import (
+    all_ranks_max,
+    data_parallel_place,
+    process_groups,
+    ranks_from_environment,
+    reports_loss,
+)
 from nano_pretrain.platform import Platform, current_platform
 from nano_pretrain.recipe.schema import ParallelConfig, Recipe
 
@@ -91,6 +97,27 @@ def groups(layout: ParallelConfig) -> Iterator[Platform]:
     platform.prepare(0, threads=1)
     with process_groups(platform, ranks_from_environment(), layout, timeout_seconds=60):
         yield platform
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank stands, and whether its process groups are gone afterwards."""
+
+    data_parallel: tuple[int, int]
+    reports_loss: bool
+    largest: float
+    initialised_after: bool
+
+
+def place(layout: ParallelConfig) -> Place:
+    """This rank's place; `largest` is the largest of ten times the ranks' numbers."""
+    import torch
+    import torch.distributed as dist
+
+    with groups(layout):
+        largest = all_ranks_max(10.0 * ranks_from_environment().rank, torch.device("cpu"))
+        found = data_parallel_place(), reports_loss(), largest
+    return Place(*found, initialised_after=dist.is_initialized())
 
 
 def train_and_save(recipe: Recipe, layout: ParallelConfig, directory: Path) -> tuple[Steps, Steps]:

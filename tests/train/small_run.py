@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -86,6 +87,7 @@ def start(arguments: list[str], program: tuple[str, ...] = ("-m", "nano_pretrain
     return subprocess.Popen(
         [sys.executable, *program, *arguments],
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        cwd=tempfile.gettempdir(),
         env={name: value for name, value in os.environ.items() if not name.startswith(("WANDB", "OMP_NUM"))},
     )  # fmt: skip
 
@@ -102,11 +104,12 @@ def finish(process: subprocess.Popen[str], timeout: float = 120) -> Finished:
 
 
 def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], timeout: float = 90) -> None:
-    """Poll tightly while the process lives."""
+    """Poll tightly while the process lives; one for which it does not come true is killed, and the test fails."""
     end = time.monotonic() + timeout
     while not condition():
-        assert process.poll() is None, f"ended with {process.returncode}: {finish(process).text}"
-        assert time.monotonic() < end, "never came true"
+        if process.poll() is not None or time.monotonic() > end:
+            process.kill()
+            raise AssertionError(f"never came true; the process wrote:\n{finish(process).text}")
         time.sleep(0.002)
 
 

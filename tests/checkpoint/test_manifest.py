@@ -1,0 +1,127 @@
+"""Which checkpoints of a run are whole."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nano_pretrain.checkpoint.manifest import (
+    MANIFEST,
+    Manifest,
+    all_checkpoints,
+    damaged_files,
+    file_entries,
+    newest_manifest,
+    newest_tokens,
+    read_manifest,
+    whole_checkpoints,
+)
+
+FILES = {"__0_0.distcp": b"weights" * 20, "common.pt": b"x", "metadata.json": b"{}"}
+
+
+def write(run: Path, tokens: int) -> Path:
+    """A checkpoint with three files."""
+    directory = run / "checkpoints" / str(tokens)
+    directory.mkdir(parents=True)
+    for name, content in FILES.items():
+        (directory / name).write_bytes(content)
+    Manifest(tokens, tokens // 8, {"tensor": 1}, {"torch": "2"}, "corpus", file_entries(directory, FILES)).write(
+        directory
+    )
+    return directory
+
+
+def test_manifest_is_read_as_it_was_written(tmp_path: Path) -> None:
+    manifest = read_manifest(write(tmp_path, 64))
+    assert manifest is not None
+    assert (manifest.tokens, manifest.step, manifest.corpus) == (64, 8, "corpus")
+    assert {name: entry.size for name, entry in manifest.files.items()} == {n: len(c) for n, c in FILES.items()}
+
+
+def test_newest_is_the_one_with_most_tokens_not_the_last_name(tmp_path: Path) -> None:
+    for tokens in (8, 1024, 96):
+        write(tmp_path, tokens)
+    assert [path.name for path in whole_checkpoints(tmp_path)] == ["1024", "96", "8"]
+    assert newest_tokens(tmp_path) == 1024
+    assert newest_manifest(tmp_path) == read_manifest(tmp_path / "checkpoints" / "1024")
+
+
+def test_run_without_checkpoints_has_no_newest(tmp_path: Path) -> None:
+    assert newest_tokens(tmp_path) is None
+    assert newest_manifest(tmp_path) is None
+
+
+@pytest.mark.parametrize("name", [".writing-128", ".removing-128", "128.old", "tmp"])
+def test_what_has_no_name_yet_does_not_count(tmp_path: Path, name: str) -> None:
+    write(tmp_path, 64)
+    write(tmp_path, 128).rename(tmp_path / "checkpoints" / name)
+    assert [path.name for path in all_checkpoints(tmp_path)] == ["64"]
+
+
+@pytest.mark.parametrize("name", [*FILES, MANIFEST])
+def test_missing_file_is_not_whole(tmp_path: Path, name: str) -> None:
+    write(tmp_path, 64)
+    (write(tmp_path, 128) / name).unlink()
+    assert newest_tokens(tmp_path) == 64
+    assert len(all_checkpoints(tmp_path)) == 2
+
+
+@given(name=st.sampled_from(sorted(FILES)), keep=st.floats(0, 0.99))
+def test_file_of_another_length_is_not_whole(tmp_path_factory: pytest.TempPathFactory, name: str, keep: float) -> None:
+    run = tmp_path_factory.mktemp("run")
+    path = write(run, 64) / name
+    path.write_bytes(path.read_bytes()[: int(keep * len(FILES[name]))])
+    assert whole_checkpoints(run) == []
+
+
+@given(cut=st.integers(0, 10_000))
+def test_manifest_that_was_cut_anywhere_is_no_manifest(tmp_path_factory: pytest.TempPathFactory, cut: int) -> None:
+    run = tmp_path_factory.mktemp("run")
+    manifest = write(run, 64) / MANIFEST
+    text = manifest.read_text().rstrip()
+    manifest.write_text(text[: cut % len(text)])
+    assert read_manifest(manifest.parent) is None
+    assert newest_tokens(run) is None
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "3", "null", '{"files": 3}', '{"files": {"a": {"size": 1}}}', '{"files": {}}']
+)
+def test_json_that_is_no_manifest_is_none(tmp_path: Path, content: str) -> None:
+    directory = write(tmp_path, 64)
+    (directory / MANIFEST).write_text(content)
+    assert read_manifest(directory) is None
+
+
+@given(name=st.sampled_from(sorted(FILES)), position=st.integers(0, 1000), bit=st.integers(0, 7))
+def test_any_flipped_bit_is_found(tmp_path_factory: pytest.TempPathFactory, name: str, position: int, bit: int) -> None:
+    run = tmp_path_factory.mktemp("run")
+    directory = write(run, 64)
+    content = bytearray(FILES[name])
+    content[position % len(content)] ^= 1 << bit
+    (directory / name).write_bytes(content)
+    manifest = read_manifest(directory)
+    assert manifest is not None
+    assert damaged_files(directory, manifest.files, manifest) == [name]
+    assert newest_tokens(run) == 64, "content is verified when a checkpoint is loaded, not when it is listed"
+
+
+def test_missing_file_counts_as_damaged(tmp_path: Path) -> None:
+    directory = write(tmp_path, 64)
+    manifest = read_manifest(directory)
+    assert manifest is not None
+    (directory / "common.pt").unlink()
+    assert damaged_files(directory, manifest.files, manifest) == ["common.pt"]
+
+
+def test_manifest_is_plain_json(tmp_path: Path) -> None:
+    directory = write(tmp_path, 64)
+    manifest = read_manifest(directory)
+    assert manifest is not None
+    assert json.loads((directory / MANIFEST).read_text()) == asdict(manifest)

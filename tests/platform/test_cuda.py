@@ -1,0 +1,29 @@
+"""What can be said about the CUDA platform without a GPU: what it imports exists in the installed megatron-core."""
+
+import pytest
+import torch
+
+from nano_pretrain.platform.cuda import CudaPlatform
+from tests.platform.sources import PRODUCT, bound_names, megatron_imports, megatron_source
+
+
+def test_the_names_it_imports_exist() -> None:
+    imports = list(megatron_imports(PRODUCT / "platform" / "cuda.py"))
+    assert imports
+    for module, name in imports:
+        assert name in bound_names(megatron_source(module)), f"{module}.{name}"
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "expected"),
+    [
+        ("NVIDIA H100 80GB HBM3", torch.bfloat16, 989.4e12),
+        ("NVIDIA H100 80GB HBM3", torch.float32, 494.7e12),
+        ("NVIDIA GeForce RTX 4090", torch.bfloat16, None),
+    ],
+)
+def test_peak_of_the_data_sheet(
+    device: str, dtype: torch.dtype, expected: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: device)
+    assert CudaPlatform().peak_flops(dtype) == (None if expected is None else pytest.approx(expected))
