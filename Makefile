@@ -1,7 +1,9 @@
 # Every target sets up what it is missing. `make pretrain` is the main job, `make test` the tests.
 
 PYTHON ?= python3.11
-# On Linux a bare `torch` brings gigabytes of CUDA; name another build here, for example TORCH="torch==2.13.0+cu130".
+# PyTorch's own CPU index has a small build; from PyPI on Linux this one brings gigabytes of CUDA libraries.
+# Name another build here, for example TORCH="torch==2.13.0+cpu --extra-index-url URL". On a machine with a GPU add the
+# libraries of `pip install -e '.[gpu]'`, or train on the CPU with CUDA_VISIBLE_DEVICES= .
 TORCH ?= torch==2.13.0
 RECIPE ?= tiny
 BIN := .venv/bin

@@ -53,7 +53,9 @@ def compose(overrides: Sequence[str]) -> Job:
         UserError: an override or the recipe is wrong.
     """
     config = _composed(overrides)
-    choice = config.hydra.runtime.choices["recipe"]
+    choice = config.hydra.runtime.choices.get("recipe")
+    if not isinstance(choice, str):
+        raise UserError("recipe: is not one name; write recipe=NAME, or --multirun recipe=FIRST,SECOND")
     recipe = typed_recipe(_without_hydra(config))
     for name, stage in recipe.stages.items():
         validate_schedule(stage.schedule, stage.tokens, f"stages.{name}.schedule")

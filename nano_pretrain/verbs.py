@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from nano_pretrain.recipe.derived import stage_ranks
-from nano_pretrain.recipe.errors import EXIT_CONTINUE, EXIT_DONE
+from nano_pretrain.recipe.errors import EXIT_CONTINUE, EXIT_DONE, UserError
 from nano_pretrain.recipe.load import recorded_recipe
 from nano_pretrain.recipe.schema import Recipe
 
@@ -34,18 +34,35 @@ def prepare(recipe: Recipe, overrides: list[str]) -> int:
 def train(recipe: Recipe, overrides: list[str]) -> int:
     """The run on this process's ranks."""
     from nano_pretrain.launch.parent import die_with_parent
-    from nano_pretrain.train.before import answer, check_before, check_started_ranks
+    from nano_pretrain.train.signals import StopRequest
 
     die_with_parent()
+    request = StopRequest()
+    request.listen()
+    from nano_pretrain.train.before import answer, check_before, check_started_ranks
+
     directory = run_directory(recipe)
-    first = int(os.environ.get("RANK", "0")) == 0
+    rank, world_size = _started_as()
+    first = rank == 0
     curriculum = check_before(recipe, directory, first)
     if (code := answer(recipe, directory, curriculum, speaks=first)) is not None:
         return code
-    check_started_ranks(recipe, directory, curriculum, int(os.environ.get("WORLD_SIZE", "1")))
+    check_started_ranks(recipe, directory, curriculum, world_size)
     from nano_pretrain.train.run import train as run_training
 
-    return run_training(recipe, directory)
+    return run_training(recipe, directory, request)
+
+
+def _started_as() -> tuple[int, int]:
+    """Rank and world size from the environment that a launcher sets; alone: (0, 1)."""
+    if "RANK" not in os.environ:
+        return 0, 1
+    try:
+        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    except (KeyError, ValueError) as error:
+        raise UserError(
+            "RANK, WORLD_SIZE: not both whole numbers; unset them, or start the ranks with a launcher"
+        ) from error
 
 
 def launch(recipe: Recipe, overrides: list[str]) -> int:
@@ -80,8 +97,17 @@ def generate(recipe: Recipe, overrides: list[str]) -> int:
     directory = run_directory(recipe)
     trained = recorded_recipe(directory)
     from nano_pretrain.evaluate.generate import generate as generate_text
+    from nano_pretrain.evaluate.generate import record_samples
 
-    print(generate_text(trained, recipe.generate, directory, [recipe.generate.prompt])[0])
+    prompts = [recipe.generate.prompt]
+    texts = generate_text(trained, recipe.generate, directory, prompts)
+    print(texts[0], flush=True)
+    try:
+        record_samples(directory, recipe.generate, prompts, texts)
+    except OSError as error:
+        raise UserError(
+            f"run.dir: cannot write {error.filename} ({error.strerror}); the text above is not kept"
+        ) from error
     return EXIT_DONE
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -46,13 +47,14 @@ class Manifest:
 
 
 def read_manifest(directory: Path) -> Manifest | None:
-    """The manifest, or None where there is none that can be read."""
+    """The manifest, or None where there is none that can be read and belongs to a checkpoint of this name."""
     try:
         content = json.loads((directory / MANIFEST).read_text())
         files = {name: FileEntry(**entry) for name, entry in content.pop("files").items()}
-        return Manifest(files=files, **content)
+        manifest = Manifest(files=files, **content)
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
+    return manifest if str(manifest.tokens) == directory.name and isinstance(manifest.step, int) else None
 
 
 def checkpoints_directory(run_dir: Path) -> Path:
@@ -62,7 +64,7 @@ def checkpoints_directory(run_dir: Path) -> Path:
 
 def all_checkpoints(run_dir: Path) -> list[Path]:
     """Checkpoints that have got their name, whole or damaged since, newest first."""
-    found = [path for path in checkpoints_directory(run_dir).glob("*") if path.name.isdigit()]
+    found = [path for path in checkpoints_directory(run_dir).glob("*") if re.fullmatch("[0-9]+", path.name)]
     return sorted(found, key=lambda path: int(path.name), reverse=True)
 
 

@@ -111,7 +111,7 @@ def save_checkpoint(
 def load_newest(run_dir: Path, model: Any, optimizer: Any) -> Manifest | None:
     """Load the newest checkpoint whose content is what its manifest says; None where the run has no checkpoint.
 
-    A damaged one is named in the log and the one before is taken.
+    A damaged one is named in the log and put aside as `.damaged-TOKENS`, and the one before is taken.
 
     Raises:
         UserError: there are checkpoints, and all are damaged.
@@ -121,6 +121,7 @@ def load_newest(run_dir: Path, model: Any, optimizer: Any) -> Manifest | None:
         manifest = read_manifest(path)
         wrong = _damaged(path, manifest) if manifest else [MANIFEST]
         if manifest and not wrong:
+            _put_aside(damaged)
             load_checkpoint(path, model, optimizer)
             return manifest
         log.warning("%s: damaged (%s); trying the checkpoint before it", path, ", ".join(wrong))
@@ -131,6 +132,16 @@ def load_newest(run_dir: Path, model: Any, optimizer: Any) -> Manifest | None:
             "bring one back, or remove the directory to begin the run again"
         )
     return None
+
+
+def _put_aside(damaged: list[Path]) -> None:
+    """Rename damaged checkpoints, so that retention never keeps one at the cost of a good one."""
+    if dist.get_rank() == 0:
+        for path in damaged:
+            target = path.with_name(f".damaged-{path.name}")
+            _remove(target)
+            path.rename(target)
+    dist.barrier()
 
 
 def load_checkpoint(path: Path, model: Any, optimizer: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import hashlib
 import itertools
 import json
 from collections.abc import Mapping, Sequence
@@ -142,14 +143,14 @@ def read_manifest(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"data.path: {path} holds no prepared corpus; run `nano-pretrain prepare` first") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{file}: unreadable ({error}); remove {path} and run `nano-pretrain prepare` again") from error
+        raise UserError(f"data.path: {file} cannot be read ({error}); choose another data.path") from error
     if not isinstance(manifest, dict) or manifest.get("format") != MANIFEST_FORMAT:
         raise UserError(f"{file}: not a manifest of format {MANIFEST_FORMAT}; choose another data.path")
     return manifest
 
 
 def open_corpus(path: Path) -> Corpus:
-    """Open a prepared corpus: reads the manifest and checks the size of every file; hashes nothing.
+    """Open a prepared corpus: reads the manifest, checks the size of every file and the hash of the tokenizer.
 
     Raises:
         UserError: there is no corpus, or a file is missing, truncated or not what the manifest says.
@@ -157,12 +158,12 @@ def open_corpus(path: Path) -> Corpus:
     manifest = read_manifest(path)
     try:
         tokenizer = manifest["tokenizer"]
-        _check_size(path / TOKENIZER_NAME, tokenizer["bytes"])
+        _check_tokenizer(path / TOKENIZER_NAME, tokenizer["bytes"], tokenizer["sha256"])
         return Corpus(
             path=path,
             tokenizer_file=path / TOKENIZER_NAME,
-            vocab_size=tokenizer["vocab_size"],
-            eod_id=tokenizer["eod_id"],
+            vocab_size=_integer(tokenizer["vocab_size"]),
+            eod_id=_integer(tokenizer["eod_id"]),
             fingerprint=manifest["fingerprint"],
             train=_open_streams(path, manifest["sources"], "train"),
             heldout=_open_streams(path, manifest["sources"], "heldout"),
@@ -172,11 +173,21 @@ def open_corpus(path: Path) -> Corpus:
         raise UserError(f"{path / MANIFEST_NAME}: damaged ({error!r}); choose another data.path") from error
 
 
-def _check_size(file: Path, expected: int) -> None:
+def _check_tokenizer(file: Path, expected: int, sha256: str) -> None:
     size = file.stat().st_size if file.is_file() else -1
+    problem = None
     if size != expected:
-        found = "missing" if size < 0 else f"{size} bytes, the manifest says {expected}"
-        raise UserError(f"{file}: {found}; remove {file.parent} and run `nano-pretrain prepare` again")
+        problem = "missing" if size < 0 else f"{size} bytes, the manifest says {expected}"
+    elif hashlib.sha256(file.read_bytes()).hexdigest() != sha256:
+        problem = "its content is not what the manifest says"
+    if problem:
+        raise UserError(f"{file}: {problem}; remove {file.parent} and run `nano-pretrain prepare` again")
+
+
+def _integer(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{value!r} is not a whole number")
+    return value
 
 
 def _open_streams(path: Path, sources: Mapping[str, Any], split: str) -> dict[str, TokenStream]:

@@ -52,14 +52,13 @@ def _consumed_samples(corpus: Corpus, curriculum: Curriculum) -> list[npt.NDArra
 
 
 def _bits_per_byte(model: NgramModel, heldout: HeldOut) -> dict[str, Any]:
-    length = heldout.shape[0]
     nats = np.zeros(len(heldout.sources))
     tokens, sizes = np.zeros_like(nats), np.zeros_like(nats)
     byte_lengths = heldout.bytes_of.cpu().numpy()
     for sample in heldout.samples:
-        row = heldout.streams[sample.source].read(sample.start, length + 1)
+        row = heldout.streams[sample.source].read(sample.start, sample.length + 1)
         nats[sample.source] += model.nats(row, np.zeros(1, dtype=np.int64))[1:].sum()
-        tokens[sample.source] += length
+        tokens[sample.source] += sample.length
         sizes[sample.source] += byte_lengths[row[1:]].sum()
     weights = np.array([heldout.weights[name] for name in heldout.sources])
     blend = (weights * nats / tokens).sum() / (weights * sizes / tokens).sum() / math.log(2)

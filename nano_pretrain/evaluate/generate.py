@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,18 +11,24 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from nano_pretrain.checkpoint.manifest import Manifest, checkpoints_directory, read_manifest, whole_checkpoints
+from nano_pretrain.checkpoint.files import write_whole
+from nano_pretrain.checkpoint.manifest import (
+    MANIFEST,
+    checkpoints_directory,
+    damaged_files,
+    read_manifest,
+    whole_checkpoints,
+)
 from nano_pretrain.checkpoint.sharded import load_checkpoint
 from nano_pretrain.data.shards import open_corpus
 from nano_pretrain.parallel.groups import Ranks, process_groups
 from nano_pretrain.platform import current_platform
 from nano_pretrain.recipe.errors import UserError
 from nano_pretrain.recipe.schema import GenerateConfig, ParallelConfig, Recipe
-from nano_pretrain.train.directory import append_line
 
 
 def generate(recipe: Recipe, options: GenerateConfig, run_dir: Path, prompts: Sequence[str]) -> list[str]:
-    """Each prompt with its continuation; also appended to the run's samples.jsonl.
+    """Each prompt with its continuation.
 
     Args:
         recipe: the run's recipe.
@@ -30,9 +37,9 @@ def generate(recipe: Recipe, options: GenerateConfig, run_dir: Path, prompts: Se
         prompts: texts to continue.
 
     Raises:
-        UserError: there is no such checkpoint, or the corpus with the tokenizer is gone.
+        UserError: there is no such checkpoint, it is damaged, or the corpus with the tokenizer is gone.
     """
-    path, manifest = _checkpoint(run_dir, options.checkpoint)
+    path = chosen_checkpoint(run_dir, options.checkpoint)
     corpus = open_corpus(Path(recipe.data.path))
     tokenizer = Tokenizer.from_file(str(corpus.tokenizer_file))
     tokenizer.encode_special_tokens = True
@@ -49,13 +56,23 @@ def generate(recipe: Recipe, options: GenerateConfig, run_dir: Path, prompts: Se
         for prompt in encoded:
             ids = list(continuation(model, prompt, options, corpus.eod_id, recipe.model.vocab_size))
             texts.append(tokenizer.decode([*prompt, *ids], skip_special_tokens=False))
-    for prompt_text, text in zip(prompts, texts, strict=True):
-        line = {
-            "tokens": manifest.tokens, "prompt": prompt_text, "text": text,
-            "temperature": options.temperature, "top_p": options.top_p,
-        }  # fmt: skip
-        append_line(run_dir / "samples.jsonl", line)
     return texts
+
+
+IDENTITY = ("tokens", "prompt", "temperature", "top_p", "seed")
+"""What makes two lines of samples.jsonl the same sample."""
+
+
+def record_samples(run_dir: Path, options: GenerateConfig, prompts: Sequence[str], texts: Sequence[str]) -> None:
+    """Write samples to the run's samples.jsonl; a sample that was drawn before is replaced."""
+    path = run_dir / "samples.jsonl"
+    tokens = int(chosen_checkpoint(run_dir, options.checkpoint).name)
+    common = {"tokens": tokens, "temperature": options.temperature, "top_p": options.top_p, "seed": options.seed}
+    new = [{**common, "prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)]
+    old = map(json.loads, path.read_text().splitlines()) if path.exists() else []
+    drawn = [[sample[name] for name in IDENTITY] for sample in new]
+    kept = [sample for sample in old if [sample.get(name) for name in IDENTITY] not in drawn]
+    write_whole(path, "".join(f"{json.dumps(sample)}\n" for sample in [*kept, *new]))
 
 
 def continuation(model: Any, prompt: list[int], options: GenerateConfig, eod_id: int, vocab_size: int) -> Iterator[int]:
@@ -102,14 +119,20 @@ def sample(logits: Tensor, options: GenerateConfig, generator: torch.Generator) 
     """
     if options.temperature == 0:
         return int(logits.argmax())
-    probabilities, order = (logits / options.temperature).softmax(0).sort(descending=True, stable=True)
+    # In double and from the largest down: any temperature above 0 gives numbers.
+    scaled = (logits.double() - logits.max()) / options.temperature
+    probabilities, order = scaled.softmax(0).sort(descending=True, stable=True)
     before = probabilities.cumsum(0) - probabilities
     kept = probabilities.masked_fill(before >= options.top_p, 0.0)
     return int(order[torch.multinomial(kept, 1, generator=generator)])
 
 
-def _checkpoint(run_dir: Path, tokens: int | None) -> tuple[Path, Manifest]:
-    """The wanted checkpoint, or the newest."""
+def chosen_checkpoint(run_dir: Path, tokens: int | None) -> Path:
+    """The checkpoint at `tokens`, or the newest; its files are verified.
+
+    Raises:
+        UserError: there is no such checkpoint, or it is damaged.
+    """
     whole = whole_checkpoints(run_dir)
     if not whole:
         raise UserError(f"{checkpoints_directory(run_dir)}: no whole checkpoint; train the run first")
@@ -119,5 +142,7 @@ def _checkpoint(run_dir: Path, tokens: int | None) -> tuple[Path, Manifest]:
         raise UserError(f"generate.checkpoint: no whole checkpoint at {tokens} tokens; choose one of {listed}")
     path = whole[0] if tokens is None else known[tokens]
     manifest = read_manifest(path)
-    assert manifest is not None
-    return path, manifest
+    damaged = damaged_files(path, manifest.files, manifest) if manifest else [MANIFEST]
+    if damaged:
+        raise UserError(f"{path}: damaged ({', '.join(damaged)}); choose another with generate.checkpoint=TOKENS")
+    return path

@@ -20,12 +20,17 @@ from nano_pretrain.recipe.errors import UserError
 
 @dataclass(frozen=True)
 class _Sample:
+    """Where a sample is read: the number of its source, its first token, and how many tokens are predicted."""
+
     source: int
     start: int
+    length: int
 
 
 class HeldOut:
     """The same held-out samples at every evaluation: the first of each source's held-out stream.
+
+    The last sample of a source may be shorter.
 
     Args:
         corpus: the shards.
@@ -37,7 +42,7 @@ class HeldOut:
         device: where batches go.
 
     Raises:
-        UserError: there is not one sample.
+        UserError: a source of the blend has no held-out text.
     """
 
     def __init__(
@@ -51,23 +56,22 @@ class HeldOut:
         device: torch.device,
     ) -> None:
         self.weights = weights
-        self.sources = [name for name in sorted(weights) if corpus.heldout[name].tokens > sequence_length]
+        self.sources = sorted(weights)
         self.streams: list[TokenStream] = [corpus.heldout[name] for name in self.sources]
         self.shape = (sequence_length, micro_batch_size)
         self.eod_id = corpus.eod_id if reset_documents else None
         self.device = device
         self.bytes_of = torch.from_numpy(token_byte_lengths(corpus.tokenizer_file)).to(device)
-        self.samples = [
-            _Sample(number, start)
-            for number, stream in enumerate(self.streams)
-            for start in range(0, min(tokens_per_source, stream.tokens - 1) - sequence_length + 1, sequence_length)
-        ]
-
-        if not self.samples:
-            raise UserError(
-                f"data.path: no source of the blend has {sequence_length + 1} held-out tokens in {corpus.path}; "
-                "prepare more text, raise data.heldout_share, or shorten the sequences"
-            )
+        self.samples: list[_Sample] = []
+        for number, stream in enumerate(self.streams):
+            end = min(tokens_per_source, stream.tokens - 1)
+            if end < 1:
+                raise UserError(
+                    f"data.path: source {stream.name} has no held-out text in {corpus.path}; raise data.heldout_share "
+                    "and prepare again, or leave it out of the blends"
+                )
+            starts = range(0, end, sequence_length)
+            self.samples += [_Sample(number, start, min(sequence_length, end - start)) for start in starts]
 
     def evaluate(self, run: Callable[..., list[Any]]) -> dict[str, Any]:
         """Nats per token and bits per byte of each source and of the blend.
@@ -88,27 +92,27 @@ class HeldOut:
         if reports_loss():
             for group, report in zip(groups, reports, strict=True):
                 for sample, row in zip(group, report, strict=False):
-                    sums[sample.source] += row
+                    sums[sample.source, :2] += row[: sample.length].sum(0)
+                    sums[sample.source, 2] += sample.length
         dist.all_reduce(sums)
         return self._summary(sums)
 
     def _batches(self, groups: list[list[_Sample]]) -> Iterator[MicroBatch]:
         length, width = self.shape
         for group in groups:
-            # Filled up with copies of the last sample: pipeline stages exchange tensors of one shape. Not counted.
-            filled = group + [group[-1]] * (width - len(group))
-            rows = [self.streams[s.source].read(s.start, length + 1) for s in filled]
-            yield batch_of(np.stack(rows), self.eod_id, self.device)
+            # Filled up with zeros, which are not counted: pipeline stages exchange tensors of one shape.
+            rows = np.zeros((width, length + 1), np.int64)
+            for row, sample in zip(rows, group, strict=False):
+                row[: sample.length + 1] = self.streams[sample.source].read(sample.start, sample.length + 1)
+            yield batch_of(rows, self.eod_id, self.device)
 
     def _score(self, batch: MicroBatch, losses: Tensor) -> Tensor:
-        """Nats, tokens and bytes of each row [batch, 3]."""
-        nats = losses.double().sum(1)
-        tokens = torch.full_like(nats, losses.shape[1])
-        return torch.stack([nats, tokens, self.bytes_of[batch.labels].sum(1).double()], 1)
+        """Nats and bytes of each token [batch, length, 2]."""
+        return torch.stack([losses.double(), self.bytes_of[batch.labels].double()], 2)
 
     def _summary(self, sums: Tensor) -> dict[str, Any]:
         sources: dict[str, dict[str, float]] = {}
-        for name, (nats, tokens, size) in zip(self.sources, sums.tolist(), strict=True):
+        for name, (nats, size, tokens) in zip(self.sources, sums.tolist(), strict=True):
             sources[name] = {
                 "loss": nats / tokens,
                 "bits_per_byte": nats / math.log(2) / size,

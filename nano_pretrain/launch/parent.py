@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import sys
 
+from nano_pretrain.platform.process import end_with_parent
+
 LAUNCHER_PID = "NANO_PRETRAIN_LAUNCHER_PID"
 """Environment variable that holds the process id of the launcher, set for its ranks only."""
-
-_PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent() -> None:
@@ -23,15 +22,13 @@ def die_with_parent() -> None:
     Raises:
         OSError: the kernel refused the request.
 
-    Source: prctl(2), PR_SET_PDEATHSIG. The signal is sent when the *thread* that started this process ends, hence
-    `launch_local` must run in the launcher's main thread.
+    The signal is sent when the *thread* that started this process ends, hence `launch_local` must run in the launcher's
+    main thread.
     """
     launcher = os.environ.pop(LAUNCHER_PID, None)
     if launcher is None or sys.platform != "linux":
         return
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+    end_with_parent()
     # The launcher may have died before the request was in place: then nobody will send the signal any more.
     if os.getppid() != int(launcher):
         os.kill(os.getpid(), signal.SIGKILL)

@@ -70,10 +70,19 @@ class DocumentMambaLayer(MambaLayer):
         return out
 
 
+CHECKPOINT_NAMES = {
+    "norm.": "mixer.in_proj.layer_norm_",
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
+"""Norms that are modules of their own are saved under the names they have when fused into the linear that follows."""
+
+
 def stack_spec(platform: Platform, conv_width: int) -> ModuleSpec:
-    """The spec of the hybrid's stack from the platform's modules."""
+    """The spec of the hybrid's stack from the platform's modules; checkpoints have the same names on all platforms."""
     modules = platform.layer_modules()
     norm = modules.norm or IdentityOp
+    names = CHECKPOINT_NAMES if modules.norm else {}
     mixer = ModuleSpec(
         module=DocumentMixer,
         params={"d_conv": conv_width},
@@ -96,17 +105,25 @@ def stack_spec(platform: Platform, conv_width: int) -> ModuleSpec:
         module=MambaStack,
         submodules=MambaStackSubmodules(
             mamba_layer=ModuleSpec(
-                module=DocumentMambaLayer, submodules=MambaLayerSubmodules(norm=norm, mixer=mixer, mamba_bda=add)
+                module=DocumentMambaLayer,
+                submodules=MambaLayerSubmodules(
+                    norm=norm, mixer=mixer, mamba_bda=add, sharded_state_dict_keys_map=names
+                ),
             ),
             attention_layer=ModuleSpec(
                 module=TransformerLayer,
                 submodules=TransformerLayerSubmodules(
-                    input_layernorm=norm, self_attention=attention, self_attn_bda=add
+                    input_layernorm=norm,
+                    self_attention=attention,
+                    self_attn_bda=add,
+                    sharded_state_dict_keys_map=names,
                 ),
             ),
             mlp_layer=ModuleSpec(
                 module=MLPLayer,
-                submodules=TransformerLayerSubmodules(pre_mlp_layernorm=norm, mlp=mlp, mlp_bda=add),
+                submodules=TransformerLayerSubmodules(
+                    pre_mlp_layernorm=norm, mlp=mlp, mlp_bda=add, sharded_state_dict_keys_map=names
+                ),
             ),
         ),
     )

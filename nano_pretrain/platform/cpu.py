@@ -219,6 +219,8 @@ def adapt_megatron() -> None:
     """Apply every adaptation, once."""
     if _applied:
         return
+    # Its torch.compile decorators would load a compiler at import; none of the decorated functions is on this path.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     with warnings.catch_warnings():
         # "Transformer Engine and Apex are not installed": that is the point.
         warnings.simplefilter("ignore")

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from importlib.util import find_spec
 from typing import Any
 
 import torch
+from torch import nn
 
 from nano_pretrain.platform.base import LayerModules
+from nano_pretrain.recipe.errors import UserError
 
-PEAK_TFLOPS_BF16 = {"H100": 989.4, "H200": 989.4, "B200": 2250.0, "A100": 312.0}
-"""Dense BF16 peak of one GPU in TFLOP/s: the SXM rows of NVIDIA's data sheets (half of the figure with sparsity)."""
+PEAK_TFLOPS_BF16 = {"H100 80GB HBM3": 989.4, "H200": 989.4, "B200": 2250.0, "A100-SXM": 312.0}
+"""Dense BF16 peak of one GPU in TFLOP/s, by a part of its name: the SXM rows of NVIDIA's data sheets."""
 
 
 class CudaPlatform:
@@ -20,7 +23,17 @@ class CudaPlatform:
     backend = "nccl"
 
     def prepare(self, local_rank: int, threads: int | None) -> torch.device:
-        """Choose the rank's GPU."""
+        """Choose the rank's GPU.
+
+        Raises:
+            UserError: a GPU library is missing; megatron-core would put mocks in its place.
+        """
+        for package in ("transformer_engine", "mamba_ssm", "causal_conv1d"):
+            if find_spec(package) is None:
+                raise UserError(
+                    f"{package}: not installed, and a GPU was found; pip install 'nano-pretrain[gpu]', "
+                    "or set CUDA_VISIBLE_DEVICES= to train on the CPU"
+                )
         torch.cuda.set_device(local_rank)
         if threads:
             torch.set_num_threads(threads)
@@ -34,7 +47,8 @@ class CudaPlatform:
             TERowParallelLinear,
         )
 
-        return LayerModules(TELayerNormColumnParallelLinear, TERowParallelLinear, None, TEDotProductAttention)
+        attention = _without_documents(TEDotProductAttention)
+        return LayerModules(TELayerNormColumnParallelLinear, TERowParallelLinear, None, attention)
 
     def config_overrides(self) -> dict[str, Any]:
         """megatron-core's own defaults are made for this platform."""
@@ -55,3 +69,25 @@ class CudaPlatform:
     def synchronize(self) -> None:
         """Wait for the device."""
         torch.cuda.synchronize()
+
+
+def _without_documents(base: type[nn.Module]) -> type[nn.Module]:
+    """Transformer Engine's attention, refusing the documents that it would take for a padding mask and ignore."""
+
+    class WholeSequenceAttention(base):  # type: ignore[misc,valid-type]
+        """Causal attention over whole samples."""
+
+        def forward(self, query: Any, key: Any, value: Any, attention_mask: Any, *args: Any, **kwargs: Any) -> Any:
+            """As the base class.
+
+            Raises:
+                UserError: document indices were given.
+            """
+            if attention_mask is not None:
+                raise UserError(
+                    "data.document_boundaries: reset is not available with Transformer Engine's attention in this "
+                    "version; write data.document_boundaries=ignore"
+                )
+            return super().forward(query, key, value, attention_mask, *args, **kwargs)
+
+    return WholeSequenceAttention

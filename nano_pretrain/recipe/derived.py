@@ -26,8 +26,3 @@ def stage_layout(recipe: Recipe, stage: StageConfig) -> ParallelConfig:
 def stage_ranks(recipe: Recipe, stage: StageConfig) -> int:
     """The stage's own number of ranks, or the cluster's."""
     return recipe.cluster.gpus if stage.gpus is None else stage.gpus
-
-
-def tokens_per_step(stage: StageConfig) -> int:
-    """Tokens of one optimizer step."""
-    return stage.global_batch_size * stage.sequence_length

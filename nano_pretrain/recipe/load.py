@@ -81,7 +81,7 @@ def recorded_recipe(run_dir: Path) -> Recipe:
         raise UserError(f"run.name: no run in {run_dir}; train it first, or write run.name=NAME of one that exists")
     try:
         recipe = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), OmegaConf.load(path)))
-    except (yaml.YAMLError, OmegaConfBaseException, TypeError) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, TypeError, OSError, UnicodeDecodeError) as error:
         problem = str(error).partition("\n")[0]
         raise UserError(
             f"{path}: no recipe of this version ({problem}); restore it or choose another run.name"

@@ -29,6 +29,16 @@ NOT_NEGATIVE = frozenset({
 })  # fmt: skip
 """Last names of the fields that must be 0 or above."""
 
+LARGEST = {
+    "seed": 2**63 - 1,
+    "tokens": 10**18,
+    "max_new_tokens": 10**6,
+    "timeout_seconds": 10**7,
+    "grace_seconds": 10**7,
+    "threads_per_rank": 4096,
+}
+"""Last names of the fields that must not be above; larger values fail late, in a library."""
+
 CHOICES = {
     "precision.name": ("fp32", "bf16", "fp8_blockwise", "fp8_current_scaling"),
     "data.document_boundaries": ("ignore", "reset"),
@@ -74,6 +84,8 @@ def _check_number(name: str, value: Any) -> None:
         raise RecipeError(name, f"{value} is not positive", "write a number above 0")
     if last in NOT_NEGATIVE and value < 0:
         raise RecipeError(name, f"{value} is negative", "write 0 or more")
+    if value > LARGEST.get(last, math.inf):
+        raise RecipeError(name, f"{value} is too large", f"write at most {LARGEST[last]}")
 
 
 def _check_choice(name: str, value: Any) -> None:

@@ -155,7 +155,7 @@ class DataConfig:
 class ValidationConfig:
     """Loss on held-out text."""
 
-    every: int = option(100, "Steps between two evaluations; 0 evaluates only at the end.")
+    every: int = option(100, "Steps between two evaluations; 0 evaluates only at the start and the end.")
     tokens_per_source: int = option(16_384, "Held-out tokens read of each source.")
     prompts: list[str] = option(
         list, "Prompts that are continued when the run is finished, with the options of `generate`."

@@ -32,6 +32,8 @@ def check_before(recipe: Recipe, directory: Path, first_rank: bool) -> Curriculu
         UserError: a dependency is missing, or corpus, recipe and directory do not belong together, or another trainer
             is at work there.
     """
+    if newest_tokens(directory) is not None and not (directory / "recipe.yaml").exists():
+        raise UserError(f"{directory}: has checkpoints and no recipe.yaml; bring it back or choose another run.name")
     check_same_run(recipe, directory)
     check_dependencies(recipe)
     corpus = open_corpus(Path(recipe.data.path))

@@ -6,10 +6,10 @@ from dataclasses import asdict
 
 import torch.distributed as dist
 
+from nano_pretrain.checkpoint.files import append_line, write_json
 from nano_pretrain.checkpoint.sharded import retain, save_checkpoint
 from nano_pretrain.data.ledger import ledger
 from nano_pretrain.evaluate.heldout import HeldOut
-from nano_pretrain.train.directory import append_line, write_json
 from nano_pretrain.train.session import Session, StepRecord
 
 
@@ -91,7 +91,6 @@ class Checkpoints:
                 session.corpus.fingerprint,
                 session.checkpoint_bytes(),
             )
-        session.saved_tokens = session.tokens
         if session.ranks.is_first:
             write_json(session.directory / "ledger.json", ledger(session.curriculum, session.tokens))
             retain(session.directory, session.recipe.checkpoint.keep)

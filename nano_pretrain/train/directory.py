@@ -9,10 +9,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
+from nano_pretrain.checkpoint.files import write_whole
 from nano_pretrain.recipe.errors import UserError
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LOCK = ".lock"
 STREAMS = ("metrics.jsonl", "validation.jsonl")
 """Files with one line per event, in the order of the consumed tokens."""
@@ -22,16 +24,12 @@ STREAMS = ("metrics.jsonl", "validation.jsonl")
 def only_trainer(run_dir: Path) -> Iterator[None]:
     """Hold the directory; the kernel lets go of it whatever ends this process.
 
+    A record lock (fcntl(2)): unlike flock's it is not shared with forked children, which may outlive a killed trainer.
+
     Raises:
         UserError: another trainer holds it, or it cannot be written.
     """
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        lock = (run_dir / LOCK).open("a+")
-    except OSError as error:
-        problem = f"cannot write {error.filename} ({error.strerror})"
-        raise UserError(f"run.dir: {problem}; choose another run.dir") from error
-    with lock:
+    with _open_lock(run_dir) as lock:
         _hold(lock, run_dir)
         lock.truncate(0)
         lock.write(str(os.getpid()))
@@ -49,7 +47,7 @@ def full_disk_is_the_users_to_mend() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in FULL:
             raise
         raise UserError(
             f"run.dir: the disk is full, {error.filename or 'a file'} was not written; free space and run again"
@@ -60,17 +58,26 @@ def check_not_held(run_dir: Path) -> None:
     """Refuse a directory in which a trainer is at work; leaves nothing behind.
 
     Raises:
-        UserError: another trainer holds it.
+        UserError: another trainer holds it, or it cannot be written.
     """
     if (run_dir / LOCK).exists():
-        with (run_dir / LOCK).open() as lock:
+        with _open_lock(run_dir) as lock:
             _hold(lock, run_dir)
+
+
+def _open_lock(run_dir: Path) -> TextIO:
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        return (run_dir / LOCK).open("a+")
+    except OSError as error:
+        problem = f"cannot write {error.filename} ({error.strerror})"
+        raise UserError(f"run.dir: {problem}; choose another run.dir") from error
 
 
 def _hold(lock: TextIO, run_dir: Path) -> None:
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
         lock.seek(0)
         holder = lock.read().strip() or "unknown"
         raise UserError(
@@ -79,33 +86,12 @@ def _hold(lock: TextIO, run_dir: Path) -> None:
         ) from None
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Replace a file in one step: readers see the old content or the new."""
-    temporary = path.with_name(f".{path.name}.new")
-    try:
-        temporary.write_text(text)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """`write_whole` for a JSON document."""
-    write_whole(path, json.dumps(content, indent=1) + "\n")
-
-
-def append_line(path: Path, content: dict[str, Any]) -> None:
-    """Add one JSON line."""
-    with path.open("a") as stream:
-        stream.write(json.dumps(content) + "\n")
-
-
 def truncate_streams(run_dir: Path, tokens: int) -> None:
     """Drop every line past `tokens` consumed tokens, and a torn last one."""
     for name in STREAMS:
         path = run_dir / name
         if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _tokens_of(line) <= tokens]
+            kept = [line for line in path.read_text(errors="replace").splitlines() if _tokens_of(line) <= tokens]
             write_whole(path, "".join(f"{line}\n" for line in kept))
 
 

@@ -6,9 +6,9 @@ import time
 from contextlib import nullcontext, suppress
 from pathlib import Path
 
+from nano_pretrain.checkpoint.files import write_json
 from nano_pretrain.parallel.groups import Ranks
 from nano_pretrain.recipe.errors import EXIT_FAILED, EXIT_USER_ERROR, UserError
-from nano_pretrain.train.directory import write_json
 from nano_pretrain.train.session import Session
 
 

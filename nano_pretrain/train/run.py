@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
+from nano_pretrain.checkpoint.files import write_json, write_whole
 from nano_pretrain.checkpoint.manifest import newest_tokens
 from nano_pretrain.checkpoint.sharded import load_newest
 from nano_pretrain.data.curriculum import Curriculum
@@ -18,18 +20,13 @@ from nano_pretrain.data.shards import open_corpus
 from nano_pretrain.evaluate.heldout import HeldOut
 from nano_pretrain.parallel.groups import Ranks, data_parallel_place, process_groups, ranks_from_environment
 from nano_pretrain.platform import Platform, current_platform
+from nano_pretrain.platform.process import children_end_with_this_process
 from nano_pretrain.recipe.derived import stage_layout
 from nano_pretrain.recipe.errors import EXIT_CONTINUE, EXIT_DONE
 from nano_pretrain.recipe.load import to_yaml
 from nano_pretrain.recipe.schema import ParallelConfig, Recipe
 from nano_pretrain.train.callbacks import Checkpoints, Metrics, Validation
-from nano_pretrain.train.directory import (
-    full_disk_is_the_users_to_mend,
-    only_trainer,
-    truncate_streams,
-    write_json,
-    write_whole,
-)
+from nano_pretrain.train.directory import full_disk_is_the_users_to_mend, only_trainer, truncate_streams
 from nano_pretrain.train.environment import environment
 from nano_pretrain.train.exit_file import ExitFile
 from nano_pretrain.train.loggers import ProgressBar, TensorBoard, Wandb
@@ -41,12 +38,13 @@ if TYPE_CHECKING:
     from nano_pretrain.train.step import Trainable
 
 
-def train(recipe: Recipe, directory: Path) -> int:
+def train(recipe: Recipe, directory: Path, request: StopRequest) -> int:
     """Train until the run is finished, a stop is requested, or the next stage needs another layout.
 
     Args:
         recipe: checked recipe.
         directory: directory of the run.
+        request: whether to stop; its handlers are installed.
 
     Returns:
         The process's exit code, the same on all ranks.
@@ -54,8 +52,7 @@ def train(recipe: Recipe, directory: Path) -> int:
     Raises:
         UserError: the directory is held, the corpus is another, the ranks do not fit, or the disk is full.
     """
-    request = StopRequest()
-    request.listen()
+    children_end_with_this_process()
     ranks = ranks_from_environment()
     with ExitStack() as stack:
         if ranks.is_first:
@@ -64,21 +61,28 @@ def train(recipe: Recipe, directory: Path) -> int:
         stack.enter_context(full_disk_is_the_users_to_mend())
         ending.set(*_train(recipe, directory, ranks, request, ending))
         if ending.code == EXIT_DONE and ranks.is_first:
+            _draw_samples(recipe, directory)
             ending.write()
-            _show(recipe, directory)
+            print(f"report: {_report(directory)}", flush=True)
     return ending.code
 
 
-def _show(recipe: Recipe, directory: Path) -> None:
-    """Samples and report of a finished run."""
-    from nano_pretrain.evaluate.generate import generate
+def _draw_samples(recipe: Recipe, directory: Path) -> None:
+    """Continue the recipe's prompts with the last checkpoint."""
+    from nano_pretrain.evaluate.generate import generate, record_samples
+
+    prompts = recipe.validation.prompts
+    if prompts:
+        options = replace(recipe.generate, checkpoint=None)
+        texts = generate(recipe, options, directory, prompts)
+        record_samples(directory, options, prompts, texts)
+        print("".join(f"\n--- sample ---\n{text}\n" for text in texts), flush=True)
+
+
+def _report(directory: Path) -> Path:
     from nano_pretrain.report import render_report
 
-    if recipe.validation.prompts:
-        for text in generate(recipe, recipe.generate, directory, recipe.validation.prompts):
-            print(f"\n--- sample ---\n{text}", flush=True)
-        print()
-    print(f"report: {render_report(directory)}", flush=True)
+    return render_report(directory)
 
 
 def _train(recipe: Recipe, directory: Path, ranks: Ranks, request: StopRequest, ending: ExitFile) -> tuple[int, str]:
@@ -94,6 +98,9 @@ def _train(recipe: Recipe, directory: Path, ranks: Ranks, request: StopRequest, 
         session = Session(recipe, directory, ranks, platform, corpus, curriculum, layout, trainable)
         ending.session = session
         _resume(session)
+        if session.tokens != done and curriculum.stage_at(session.tokens) is not stage:
+            # The newest checkpoint was damaged, and the one before belongs to another stage with another layout.
+            return EXIT_CONTINUE, "the newest checkpoint was damaged; run again to continue from the one before"
         reset = recipe.data.document_boundaries == "reset"
         reader = BatchReader(corpus, curriculum, data_parallel_place(), reset, device)
         heldout = _heldout(session, reset, device)
@@ -123,7 +130,7 @@ def _resume(session: Session) -> None:
     with session.platform.optimizer_scope():
         manifest = load_newest(session.directory, trainable.model, trainable.optimizer)
     if manifest is not None:
-        session.tokens, session.step, session.saved_tokens = manifest.tokens, manifest.step, manifest.tokens
+        session.tokens, session.step = manifest.tokens, manifest.step
     description = environment(session)
     if session.ranks.is_first:
         truncate_streams(session.directory, session.tokens if manifest else -1)

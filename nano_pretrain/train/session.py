@@ -33,7 +33,6 @@ class Session:
         trainable: model and optimizer.
         tokens: tokens consumed.
         step: optimizer steps taken.
-        saved_tokens: tokens of the newest checkpoint of this run.
     """
 
     recipe: Recipe
@@ -46,7 +45,6 @@ class Session:
     trainable: Trainable
     tokens: int = 0
     step: int = 0
-    saved_tokens: int | None = None
 
     @property
     def finished(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from types import FrameType
 
@@ -24,5 +25,9 @@ class StopRequest:
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.signal_name = signal.Signals(number).name
+        if os.environ.get("RANK", "0") == "0":
+            again = " (Ctrl-C again: at once, without)" if number == signal.SIGINT else ""
+            # Not print: a handler may interrupt one.
+            os.write(2, f"{self.signal_name}: stopping after this step with a checkpoint{again}\n".encode())
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -29,13 +29,11 @@ class StepResult:
     Args:
         loss: mean loss of the global batch, nats per token.
         grad_norm: global gradient norm before clipping.
-        applied: whether the optimizer changed the weights.
         stop: whether any rank was asked to stop.
     """
 
     loss: float
     grad_norm: float
-    applied: bool
     stop: bool
 
 
@@ -86,14 +84,14 @@ class Trainable:
         sums = self.run(batches, micro_batches, shape, forward_only=False)
         self._set_hyperparameters(lr)
         with self.platform.optimizer_scope():
-            applied, grad_norm, _ = self.optimizer.step()
+            _, grad_norm, _ = self.optimizer.step()
         loss_sum, tokens = (sum(part[i] for part in sums) for i in (0, 1))
         totals = torch.tensor([float(loss_sum), float(tokens), float(stop)], dtype=torch.float64)
         if not reports_loss():
             totals[:2] = 0
         totals = totals.to(next(self.model.parameters()).device)
         dist.all_reduce(totals)
-        return StepResult(float(totals[0] / totals[1]), float(grad_norm), bool(applied), bool(totals[2] > 0))
+        return StepResult(float(totals[0] / totals[1]), float(grad_norm), bool(totals[2] > 0))
 
     def run(
         self, batches: Iterator[Any], micro_batches: int, shape: tuple[int, int], forward_only: bool, score: Any = None

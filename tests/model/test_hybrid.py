@@ -35,7 +35,7 @@ def test_any_pattern_trains(platform: Platform, pattern: str, precision: str) ->
     trainable = Trainable(recipe, ParallelConfig(), platform, model)
     micro_batch = batch(recipe)
     results = [trainable.step(iter([micro_batch]), 1, (48, 2), lr=1e-2, stop=False) for _ in range(5)]
-    assert all(result.applied and math.isfinite(result.grad_norm) for result in results)
+    assert all(math.isfinite(result.grad_norm) for result in results)
     assert results[0].loss == pytest.approx(math.log(recipe.model.vocab_size), rel=0.1)
     assert results[-1].loss < results[0].loss
     silent = [name for name, p in model.named_parameters() if not p.main_grad.any()]

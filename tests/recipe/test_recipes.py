@@ -9,7 +9,7 @@ import pytest
 from nano_pretrain.compose import compose
 from nano_pretrain.data.curriculum import Curriculum
 from nano_pretrain.plan.params import count_parameters
-from nano_pretrain.recipe.derived import padded_vocab_size, tokens_per_step
+from nano_pretrain.recipe.derived import padded_vocab_size
 from nano_pretrain.recipe.load import tree
 from nano_pretrain.recipe.pattern import count_layers
 from nano_pretrain.recipe.schema import Recipe
@@ -38,7 +38,7 @@ def test_phases_fill_their_stage_and_the_blends_weigh_something(name: str) -> No
     unlimited = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, max_epochs=1e9))
     curriculum = Curriculum(unlimited, dict.fromkeys(sources, 10**7))
     for stage, plan in zip(recipe.stages.values(), curriculum.stages, strict=True):
-        assert 0 <= (plan.end_tokens - plan.start_tokens) - stage.tokens < tokens_per_step(stage)
+        assert 0 <= (plan.end_tokens - plan.start_tokens) - stage.tokens < plan.tokens_per_step
         assert plan.phases[0].start_tokens == plan.start_tokens
         assert plan.phases[-1].end_tokens == plan.end_tokens
 
@@ -74,7 +74,7 @@ def test_nano_12b_v2_trains_as_published() -> None:
     recipe = recipe_named("nano_12b_v2")
     pretrain = recipe.stages["pretrain"]
     assert (pretrain.tokens, pretrain.sequence_length, pretrain.global_batch_size) == (20 * 10**12, 8192, 736)
-    assert tokens_per_step(pretrain) == 6_029_312
+    assert pretrain.global_batch_size * pretrain.sequence_length == 6_029_312
     schedule = pretrain.schedule
     assert (schedule.kind, schedule.lr, schedule.min_lr) == ("wsd", 4.5e-4, 4.5e-6)
     assert (schedule.warmup_tokens, schedule.decay_tokens) == (8 * 10**9, 3_600 * 10**9)

@@ -68,10 +68,16 @@ REFUSED = [(recipe, field) for recipe, field, resume in CASES if resume != Resum
 TAKEN = [(recipe, field) for recipe, field, resume in CASES if resume == Resume.FREE]
 
 
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """A run of each recipe, by the recipe's id."""
+    return {id(recipe): recorded(tmp_path_factory.mktemp("run"), recipe) for recipe in (TINY, LONG)}
+
+
 @pytest.mark.parametrize(("recipe", "field"), REFUSED, ids=[field for _, field in REFUSED])
-def test_field_that_is_not_free_is_named(tmp_path: Path, recipe: Recipe, field: str) -> None:
+def test_field_that_is_not_free_is_named(runs: dict[int, Path], recipe: Recipe, field: str) -> None:
     with pytest.raises(UserError) as caught:
-        check_same_run(changed(recipe, field), recorded(tmp_path, recipe))
+        check_same_run(changed(recipe, field), runs[id(recipe)])
     message = str(caught.value)
     assert message.startswith(f"{field}: ")
     assert f"write {field}=" in message
@@ -79,8 +85,8 @@ def test_field_that_is_not_free_is_named(tmp_path: Path, recipe: Recipe, field: 
 
 
 @pytest.mark.parametrize(("recipe", "field"), TAKEN, ids=[field for _, field in TAKEN])
-def test_free_field_may_change(tmp_path: Path, recipe: Recipe, field: str) -> None:
-    check_same_run(changed(recipe, field), recorded(tmp_path, recipe))
+def test_free_field_may_change(runs: dict[int, Path], recipe: Recipe, field: str) -> None:
+    check_same_run(changed(recipe, field), runs[id(recipe)])
 
 
 @pytest.mark.parametrize("name", ["tiny", "nano_12b_v2", "nano_12b_v2_thin"])

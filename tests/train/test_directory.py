@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,15 +14,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nano_pretrain.checkpoint.files import append_line, write_whole
 from nano_pretrain.parallel.groups import Ranks
 from nano_pretrain.recipe.errors import RunError, UserError
 from nano_pretrain.train.directory import (
-    append_line,
     check_not_held,
     full_disk_is_the_users_to_mend,
     only_trainer,
     truncate_streams,
-    write_whole,
 )
 from nano_pretrain.train.exit_file import ExitFile
 
@@ -40,13 +40,33 @@ def test_directory_is_free_again_when_its_trainer_is_killed(tmp_path: Path) -> N
     with subprocess.Popen([sys.executable, "-c", HOLDER, str(run)], stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
-        for attempt in (lambda: check_not_held(run), lambda: only_trainer(run).__enter__()):
-            with pytest.raises(UserError, match=rf"run\.name: another trainer \(process {holder.pid}\) is running"):
-                attempt()
+        held = rf"run\.name: another trainer \(process {holder.pid}\) is running"
+        with pytest.raises(UserError, match=held):
+            check_not_held(run)
+        with pytest.raises(UserError, match=held):
+            only_trainer(run).__enter__()
         holder.kill()
     check_not_held(run)
     with only_trainer(run):
         assert (run / ".lock").read_text() == str(os.getpid())
+
+
+def test_directory_is_free_though_a_child_of_the_killed_trainer_lives_on(tmp_path: Path) -> None:
+    forks = HOLDER.replace(
+        "    time.sleep(600)", "    import os\n    os.fork()\n    print(os.getpid(), flush=True)\n    time.sleep(600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", forks, str(tmp_path)], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        pids = {
+            int(line) for line in [holder.stdout.readline(), holder.stdout.readline(), holder.stdout.readline()][1:]
+        }
+        holder.kill()
+        holder.wait()
+        (child,) = pids - {holder.pid}
+        try:
+            check_not_held(tmp_path)
+        finally:
+            os.kill(child, signal.SIGKILL)
 
 
 def test_asking_leaves_nothing_behind(tmp_path: Path) -> None:
