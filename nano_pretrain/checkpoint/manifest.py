@@ -54,7 +54,8 @@ def read_manifest(directory: Path) -> Manifest | None:
         manifest = Manifest(files=files, **content)
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
-    return manifest if str(manifest.tokens) == directory.name and isinstance(manifest.step, int) else None
+    counts = isinstance(manifest.tokens, int) and isinstance(manifest.step, int)
+    return manifest if counts and str(manifest.tokens) == directory.name else None
 
 
 def checkpoints_directory(run_dir: Path) -> Path:

@@ -125,3 +125,11 @@ def test_manifest_is_plain_json(tmp_path: Path) -> None:
     manifest = read_manifest(directory)
     assert manifest is not None
     assert json.loads((directory / MANIFEST).read_text()) == asdict(manifest)
+
+
+@pytest.mark.parametrize(("field", "value"), [("tokens", 65), ("tokens", "64"), ("tokens", "x"), ("step", None)])
+def test_manifest_that_does_not_fit_its_checkpoint_does_not_count(tmp_path: Path, field: str, value: object) -> None:
+    directory = write(tmp_path, 64)
+    content = json.loads((directory / MANIFEST).read_text())
+    (directory / MANIFEST).write_text(json.dumps({**content, field: value}))
+    assert newest_tokens(tmp_path) is None

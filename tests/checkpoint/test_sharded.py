@@ -121,3 +121,18 @@ def test_run_whose_checkpoints_are_all_damaged_does_not_begin_again(
         "128: damaged (manifest.json); trying the checkpoint before it",
         "64: damaged (common.pt); trying the checkpoint before it",
     ]
+
+
+def test_damaged_checkpoint_is_put_aside_and_never_kept_at_the_cost_of_a_good_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[Path] = []
+    monkeypatch.setattr(sharded, "load_checkpoint", lambda path, model, optimizer: loaded.append(path))
+    good, damaged = write(tmp_path, 64), write(tmp_path, 128)
+    (damaged / "common.pt").write_bytes(b"y")  # same size: only the hash tells
+    manifest = load_newest(tmp_path, None, None)
+    assert manifest is not None
+    assert manifest.tokens == 64
+    assert loaded == [good]
+    retain(tmp_path, 1)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"64", ".damaged-128"}

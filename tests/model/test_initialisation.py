@@ -118,3 +118,16 @@ def test_a_parameter_without_a_rule_is_an_error(platform: Platform) -> None:
         model.decoder.get_submodule(module).register_parameter("extra", torch.nn.Parameter(torch.ones(2)))
         with pytest.raises(KeyError, match=message):
             initialise_weights(model, recipe.model, seed=1)
+
+
+def test_norms_have_the_names_that_they_have_when_fused_into_linears(platform: Platform) -> None:
+    """Transformer Engine fuses a norm into the linear that follows; checkpoints are the same on all platforms."""
+    keys = build(platform, small_recipe(pattern="M-*")).sharded_state_dict()
+    names = {value.key for value in keys.values() if hasattr(value, "key")}
+    assert {
+        "decoder.layers.0.mixer.in_proj.layer_norm_weight",
+        "decoder.layers.1.mlp.linear_fc1.layer_norm_weight",
+        "decoder.layers.2.self_attention.linear_qkv.layer_norm_weight",
+        "decoder.layers.0.mixer.norm.weight",
+    } <= names
+    assert not [name for name in names if name.endswith(("pre_mlp_layernorm.weight", "input_layernorm.weight"))]

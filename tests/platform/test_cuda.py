@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from nano_pretrain.platform.cuda import CudaPlatform
+from nano_pretrain.platform.cuda import CudaPlatform, _without_documents
+from nano_pretrain.recipe.errors import UserError
 from tests.platform.sources import PRODUCT, bound_names, megatron_imports, megatron_source
 
 
@@ -27,3 +28,22 @@ def test_peak_of_the_data_sheet(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: device)
     assert CudaPlatform().peak_flops(dtype) == (None if expected is None else pytest.approx(expected))
+
+
+def test_missing_gpu_library_is_named_with_both_ways_out() -> None:
+    """Without it megatron-core would build the model from mocks."""
+    with pytest.raises(
+        UserError, match=r"transformer_engine: not installed.*CUDA_VISIBLE_DEVICES= to train on the CPU"
+    ):
+        CudaPlatform().prepare(0, None)
+
+
+def test_documents_are_refused_by_an_attention_that_would_ignore_them() -> None:
+    class WholeSequences(torch.nn.Module):
+        def forward(self, query: str, key: str, value: str, attention_mask: object) -> str:
+            return query + key + value
+
+    attention = _without_documents(WholeSequences)()
+    assert attention("q", "k", "v", None) == "qkv"
+    with pytest.raises(UserError, match=r"data\.document_boundaries: reset is not available"):
+        attention("q", "k", "v", torch.zeros(1, 4))

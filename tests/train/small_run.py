@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,13 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], ti
             process.kill()
             raise AssertionError(f"never came true; the process wrote:\n{finish(process).text}")
         time.sleep(0.002)
+
+
+def newer(directory: Path, pattern: str, since: float) -> bool:
+    """Whether a file that matches was written after a moment of `time.time()`; one may vanish while it is looked at."""
+    with suppress(FileNotFoundError):
+        return any(path.stat().st_mtime > since for path in directory.glob(pattern))
+    return False
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

@@ -17,7 +17,18 @@ from nano_pretrain.compose import compose
 from nano_pretrain.data.curriculum import Curriculum
 from nano_pretrain.data.ledger import ledger
 from nano_pretrain.data.shards import open_corpus
-from tests.train.small_run import STEPS, TOKENS, Finished, SmallRuns, checkpoints, learned, lines, steps, wait_until
+from tests.train.small_run import (
+    STEPS,
+    TOKENS,
+    Finished,
+    SmallRuns,
+    checkpoints,
+    learned,
+    lines,
+    newer,
+    steps,
+    wait_until,
+)
 
 
 def kill(victims: list[psutil.Process]) -> None:
@@ -43,9 +54,11 @@ def assert_all_gone(processes: list[psutil.Process]) -> None:
 
 def kill_amid_steps(small: SmallRuns, name: str, after: int, who: str) -> Finished:
     """Kill ranks, launcher or both at a random moment once metrics.jsonl has `after` steps."""
+    run, started = small.path(name), time.time()
     process = small.start("launch", name)
-    wait_until(lambda: steps(small.path(name)) >= after, process)
-    time.sleep(random.random() * 0.1)
+    # Written when the files of the run have been taken back to its checkpoint.
+    wait_until(lambda: newer(run, "environment.json", started) and steps(run) >= after, process)
+    time.sleep(random.random() * 0.05)
     launcher, ranks, below = family(process)
     assert len(ranks) == 2
     kill({"ranks": ranks, "launcher": [launcher], "all": [*ranks, launcher]}[who])
@@ -56,16 +69,16 @@ def kill_amid_steps(small: SmallRuns, name: str, after: int, who: str) -> Finish
 
 def kill_amid_checkpoint(small: SmallRuns, name: str) -> None:
     """Kill all ranks while the next checkpoint is being written."""
+    run, started = small.path(name), time.time()
     process = small.start("launch", name)
-    run = small.path(name)
     begins = newest_tokens(run)
-    wait_until(lambda: any((run / "checkpoints").glob(".writing-*/*.distcp")), process)
+    wait_until(lambda: newer(run, "checkpoints/.writing-*/*.distcp", started), process)
     launcher, ranks, below = family(process)
     kill([*ranks, launcher])
     process.communicate(timeout=60)
     assert_all_gone(below)
     assert newest_tokens(run) == begins
-    assert any(name.startswith(".writing-") for name in checkpoints(run))
+    assert checkpoints(run)[-1].startswith(".writing-")
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,9 @@ from tests.train.small_run import (
     wait_until,
 )  # fmt: skip
 
+Chapter = tuple[Finished, dict[str, Any]]
+"""How a process ended, and the exit.json it left."""
+
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "nano_pretrain")
 
 
@@ -36,27 +39,21 @@ def stop(process: subprocess.Popen[str], moment: Callable[[], bool]) -> Finished
 
 
 @pytest.fixture(scope="module")
-def stopped(small: SmallRuns, undisturbed: tuple[Path, Finished]) -> dict[str, tuple[Finished, dict[str, Any]]]:
-    """A run that is stopped under torchrun, amid a step, amid a checkpoint, and then goes to its end."""
+def stopped(small: SmallRuns, undisturbed: tuple[Path, Finished]) -> dict[str, Chapter]:
+    """A run that is stopped amid a step, then amid a checkpoint, and then goes to its end."""
     run = small.path("stopped")
-    story: dict[str, tuple[Finished, dict[str, Any]]] = {}
-
-    def tell(chapter: str, done: Finished) -> None:
-        story[chapter] = (done, exit_json(run))
-
-    command = small.command("train", "stopped", "checkpoint.every=0")
-    tell("torchrun", stop(start(command, TORCHRUN), lambda: steps(run) >= 3))
+    story: dict[str, Chapter] = {}
     process = small.start("launch", "stopped", "checkpoint.every=0")
-    begins = steps(run)
-    tell("step", stop(process, lambda: steps(run) > begins))
+    story["step"] = (stop(process, lambda: steps(run) > 0), exit_json(run))
     process = small.start("launch", "stopped", "checkpoint.every=1")
-    tell("checkpoint", stop(process, lambda: any((run / "checkpoints").glob(".writing-*/*.distcp"))))
-    tell("end", small.run("launch", "stopped"))
+    done = stop(process, lambda: any(run.glob("checkpoints/.writing-*/*.distcp")))
+    story["checkpoint"] = (done, exit_json(run))
+    story["end"] = (small.run("launch", "stopped"), exit_json(run))
     return story
 
 
 @pytest.mark.parametrize("chapter", ["step", "checkpoint"])
-def test_launch_ends_with_75(stopped: dict[str, tuple[Finished, dict[str, Any]]], chapter: str) -> None:
+def test_launch_ends_with_75(stopped: dict[str, Chapter], chapter: str) -> None:
     done, ending = stopped[chapter]
     assert done.code == 75, done.text
     assert (ending["code"], ending["reason"]) == (75, "stopped by SIGTERM")
@@ -65,26 +62,31 @@ def test_launch_ends_with_75(stopped: dict[str, tuple[Finished, dict[str, Any]]]
     assert "Traceback" not in done.text
 
 
-def test_torchrun_hides_the_code_and_the_file_has_it(stopped: dict[str, tuple[Finished, dict[str, Any]]]) -> None:
-    done, ending = stopped["torchrun"]
+def test_torchrun_hides_the_code_and_the_file_has_it(small: SmallRuns) -> None:
+    # Long enough not to end before torchrun has passed the signal on.
+    command = small.command("train", "torchrun", "stages.pretrain.tokens=1000000", "checkpoint.every=0")
+    run = small.path("torchrun")
+    done = stop(start(command, TORCHRUN), lambda: steps(run) >= 2)
     assert done.code not in (0, 75)
+    ending = exit_json(run)
     assert (ending["code"], ending["reason"]) == (75, "stopped by SIGTERM")
+    assert newest_tokens(run) == ending["tokens"]
 
 
-def test_stop_costs_at_most_the_step_it_falls_into(stopped: dict[str, tuple[Finished, dict[str, Any]]]) -> None:
-    reached = [stopped[chapter][1]["step"] for chapter in ("torchrun", "step", "checkpoint")]
+def test_stop_costs_at_most_the_step_it_falls_into(stopped: dict[str, Chapter]) -> None:
+    reached = [stopped[chapter][1]["step"] for chapter in ("step", "checkpoint")]
     assert reached == sorted(set(reached))
     assert reached[-1] < STEPS
 
 
-def test_nothing_is_left_half_written(stopped: dict[str, tuple[Finished, dict[str, Any]]], small: SmallRuns) -> None:
+def test_nothing_is_left_half_written(stopped: dict[str, Chapter], small: SmallRuns) -> None:
     run = small.path("stopped")
     assert not list(run.rglob(".*ing-*")) + list(run.rglob("*.new"))
     assert newest_tokens(run) == STEPS * TOKENS_PER_STEP
 
 
 def test_run_continues_exactly(
-    stopped: dict[str, tuple[Finished, dict[str, Any]]], small: SmallRuns, undisturbed: tuple[Path, Finished]
+    stopped: dict[str, Chapter], small: SmallRuns, undisturbed: tuple[Path, Finished]
 ) -> None:
     done, ending = stopped["end"]
     assert (done.code, ending["code"], ending["reason"]) == (0, 0, "finished"), done.text
