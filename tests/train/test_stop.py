@@ -73,7 +73,7 @@ def test_torchrun_hides_the_code_and_the_file_has_it(small: SmallRuns) -> None:
     assert newest_tokens(run) == ending["tokens"]
 
 
-def test_stop_costs_at_most_the_step_it_falls_into(stopped: dict[str, Chapter]) -> None:
+def test_stops_are_not_put_off_to_the_end(stopped: dict[str, Chapter]) -> None:
     reached = [stopped[chapter][1]["step"] for chapter in ("step", "checkpoint")]
     assert reached == sorted(set(reached))
     assert reached[-1] < STEPS
