@@ -39,7 +39,7 @@ def launch_local(
     """Run `ranks` processes of `command` until all have ended.
 
     Rank 0 writes to this process's stdout and stderr, every other rank is appended to `log_dir`/rank-N.log. SIGTERM,
-    SIGINT, SIGUSR1 and the loss of the terminal are passed on to every rank once; ranks that are still there after
+    SIGINT, SIGUSR1 and the loss of the terminal are passed on to every rank, each once; ranks still there after
     `grace_seconds` are killed. When a rank is gone the others get a few seconds to end by themselves. Call it in the
     main thread; the signal handlers of this process are put back at the end.
 

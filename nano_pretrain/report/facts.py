@@ -63,7 +63,7 @@ def heldout_table(record: Record) -> Table:
     has_blend = any(map(isfinite, blend))
     if has_blend:
         rows.append(_heldout_row(record, None, blend))
-    header = ("bits per byte", "first", "last", "change", "bigram", "trigram", "last against bigram")
+    header = ("bits per byte", "first", "last", "change", "bigram", "trigram", "last against bigram", "against trigram")
     return Table(header, rows, total=has_blend)
 
 
@@ -170,14 +170,14 @@ def _heldout_row(record: Record, name: str | None, values: list[float]) -> tuple
         number(base.get("blend") if name is None else mapping(base.get("sources")).get(name))
         for base in (mapping(record.baselines.get(order)) for order in ("bigram", "trigram"))
     ]
-    against = _compare(last, baselines[0]) if isfinite(baselines[0]) and isfinite(last) else ""
+    against = [_compare(last, value) if isfinite(value) and isfinite(last) else "" for value in baselines]
     return (
         "blend" if name is None else name,
         words.decimal(first),
         words.decimal(last),
         f"{100 * change:+.1f} %" if isfinite(change := words.change(last, first)) else "",
         *(words.decimal(value) if isfinite(value) else "" for value in baselines),
-        against,
+        *against,
     )
 
 

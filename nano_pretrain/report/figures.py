@@ -116,15 +116,15 @@ def throughput_figure(record: Record) -> Figure:
     _require(steps.tokens_per_second, "No step with a throughput has been recorded.")
     panels = 2 if np.isfinite(steps.mfu).any() else 1
     figure, axes = new_figure(2.2 + 1.6 * panels, panels, right=0.86)
-    rows = [(steps.tokens_per_second, "tokens per second"), (100 * steps.mfu, "MFU (% of peak)")]
-    for ax, (values, label) in zip(axes, rows[:panels], strict=True):
+    rows = [(steps.tokens_per_second, "tokens per second", ""), (100 * steps.mfu, "MFU (% of peak)", " %")]
+    for ax, (values, label, unit) in zip(axes, rows[:panels], strict=True):
         _raw_and_smooth(ax, steps.tokens, values)
         middle = median(values)
         ax.axhline(middle, color=INK, linewidth=1, linestyle=":")
         ax.set_ylim(0, 1.12 * max(min(float(np.nanmax(values)), 2 * middle), middle) or 1)
         ax.set_ylabel(label, color=INK)
         ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
-        label_ends(ax, [EndLabel(middle, f"median {middle:,.4g}", INK, ":")])
+        label_ends(ax, [EndLabel(middle, f"median {middle:,.4g}{unit}", INK, ":")])
     _finish(axes, record, consumed=True)
     legend_below(axes[-1])
     return figure
