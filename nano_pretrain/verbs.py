@@ -79,11 +79,9 @@ def launch(recipe: Recipe, overrides: list[str]) -> int:
     while True:
         before = newest_tokens(directory) or 0
         stage = curriculum.stage_at(min(before, curriculum.total_tokens - 1))
-        ranks = stage_ranks(recipe, stage.config)
-        print(f"{directory}: starting {ranks} rank{'s' if ranks > 1 else ''}", flush=True)
         code = launch_local(
             command,
-            ranks=ranks,
+            ranks=stage_ranks(recipe, stage.config),
             grace_seconds=recipe.launch.grace_seconds,
             log_dir=directory / "logs",
             threads_per_rank=recipe.cluster.threads_per_rank,
