@@ -66,7 +66,7 @@ IDENTITY = ("tokens", "prompt", "temperature", "top_p", "seed")
 def record_samples(run_dir: Path, options: GenerateConfig, prompts: Sequence[str], texts: Sequence[str]) -> None:
     """Write samples to the run's samples.jsonl; a sample that was drawn before is replaced."""
     path = run_dir / "samples.jsonl"
-    tokens = int(chosen_checkpoint(run_dir, options.checkpoint).name)
+    tokens = int(_named_checkpoint(run_dir, options.checkpoint).name)
     common = {"tokens": tokens, "temperature": options.temperature, "top_p": options.top_p, "seed": options.seed}
     new = [{**common, "prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)]
     old = map(json.loads, path.read_text().splitlines()) if path.exists() else []
@@ -128,11 +128,21 @@ def sample(logits: Tensor, options: GenerateConfig, generator: torch.Generator) 
 
 
 def chosen_checkpoint(run_dir: Path, tokens: int | None) -> Path:
-    """The checkpoint at `tokens`, or the newest; its files are verified.
+    """The checkpoint at `tokens`, or the newest; the content of its files is verified.
 
     Raises:
         UserError: there is no such checkpoint, or it is damaged.
     """
+    path = _named_checkpoint(run_dir, tokens)
+    manifest = read_manifest(path)
+    damaged = damaged_files(path, manifest.files, manifest) if manifest else [MANIFEST]
+    if damaged:
+        raise UserError(f"{path}: damaged ({', '.join(damaged)}); choose another with generate.checkpoint=TOKENS")
+    return path
+
+
+def _named_checkpoint(run_dir: Path, tokens: int | None) -> Path:
+    """The checkpoint at `tokens`, or the newest, by its name and the sizes of its files."""
     whole = whole_checkpoints(run_dir)
     if not whole:
         raise UserError(f"{checkpoints_directory(run_dir)}: no whole checkpoint; train the run first")
@@ -140,9 +150,4 @@ def chosen_checkpoint(run_dir: Path, tokens: int | None) -> Path:
     if tokens is not None and tokens not in known:
         listed = ", ".join(map(str, sorted(known)))
         raise UserError(f"generate.checkpoint: no whole checkpoint at {tokens} tokens; choose one of {listed}")
-    path = whole[0] if tokens is None else known[tokens]
-    manifest = read_manifest(path)
-    damaged = damaged_files(path, manifest.files, manifest) if manifest else [MANIFEST]
-    if damaged:
-        raise UserError(f"{path}: damaged ({', '.join(damaged)}); choose another with generate.checkpoint=TOKENS")
-    return path
+    return whole[0] if tokens is None else known[tokens]
