@@ -24,11 +24,11 @@ from nano_pretrain.prepare.fetch import fetch
 from nano_pretrain.prepare.manifest import build_manifest, is_prepared, settings, source_entry, write_manifest
 from nano_pretrain.prepare.report import REPORT_NAME, report_text, summary_table
 from nano_pretrain.prepare.select import Selection, drop_near_duplicates, select
-from nano_pretrain.prepare.tekken import TEKKEN_VOCAB_SIZE, load_tekken
+from nano_pretrain.prepare.tekken import load_tekken
 from nano_pretrain.prepare.tokenizer import train_bpe
 from nano_pretrain.prepare.workspace import workspace
-from nano_pretrain.recipe.errors import RecipeError
 from nano_pretrain.recipe.load import tree
+from nano_pretrain.recipe.rules import check_fields, data_settings
 from nano_pretrain.recipe.schema import Recipe
 
 TEKKEN_FILE = "tokenizers/tekken.yaml"
@@ -41,7 +41,8 @@ def prepare(recipe: Recipe) -> None:
         UserError: a setting is wrong, a package cannot be had, `data.path` holds something else, or the disk is full.
     """
     console = Console()
-    _check(recipe)
+    check_fields(recipe)
+    data_settings(recipe)
     corpus = load_corpus_file(recipe.data.corpus)
     for source in corpus.sources:
         check_extractor(source)
@@ -54,22 +55,6 @@ def prepare(recipe: Recipe) -> None:
         manifest = _Builder(recipe, corpus, directory, progress).build(wanted)
     console.print(summary_table(manifest))
     console.print(f"{target}: prepared; the details are in {target / REPORT_NAME}")
-
-
-def _check(recipe: Recipe) -> None:
-    data = recipe.data
-    if data.tokenizer.kind not in {"bpe", "tekken"}:
-        raise RecipeError("data.tokenizer.kind", f"there is no {data.tokenizer.kind!r}", "use bpe or tekken")
-    if data.tokenizer.kind == "tekken" and recipe.model.vocab_size != TEKKEN_VOCAB_SIZE:
-        raise RecipeError("model.vocab_size", f"Tekken has {TEKKEN_VOCAB_SIZE} entries", f"write {TEKKEN_VOCAB_SIZE}")
-    if data.tokenizer.train_bytes <= 0:
-        raise RecipeError(
-            "data.tokenizer.train_bytes", f"{data.tokenizer.train_bytes} is no text", "use a positive number"
-        )
-    if not 0 < data.heldout_share <= 0.5:
-        raise RecipeError("data.heldout_share", f"{data.heldout_share} is out of range", "use a number in (0, 0.5]")
-    if data.max_bytes_per_source is not None and data.max_bytes_per_source <= 0:
-        raise RecipeError("data.max_bytes_per_source", "must be positive", "use null to keep all")
 
 
 def _progress(console: Console) -> Progress:

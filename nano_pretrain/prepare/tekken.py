@@ -21,7 +21,6 @@ from nano_pretrain.prepare.tokenizer import SPECIAL_TOKENS, byte_level
 from nano_pretrain.recipe.errors import UserError
 
 TEKKEN_MEMBER = "mistral_common/data/tekken_240718.json"
-TEKKEN_VOCAB_SIZE = 131_072
 
 Ranks = Mapping[bytes, int]
 

@@ -39,6 +39,9 @@ LARGEST = {
 }
 """Last names of the fields that must not be above; larger values fail late, in a library."""
 
+TEKKEN_VOCAB_SIZE = 131_072
+"""Entries of the Tekken tokenizer, special tokens included."""
+
 CHOICES = {
     "precision.name": ("fp32", "bf16", "fp8_blockwise", "fp8_current_scaling"),
     "data.document_boundaries": ("ignore", "reset"),
@@ -54,11 +57,20 @@ def check(recipe: Recipe) -> None:
     Raises:
         RecipeError: the first rule that is broken.
     """
+    check_fields(recipe)
+    for rule in RULES:
+        rule(recipe)
+
+
+def check_fields(recipe: Recipe) -> None:
+    """Apply what holds for each field by itself: ranges of numbers, words to choose from.
+
+    Raises:
+        RecipeError: the first field that is out of range.
+    """
     for name, value in _leaves(recipe, ""):
         _check_number(name, value)
         _check_choice(name, value)
-    for rule in RULES:
-        rule(recipe)
 
 
 def _leaves(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
@@ -117,22 +129,27 @@ def model_shapes(recipe: Recipe) -> None:
             f"{model.vocab_size} does not hold 256 bytes and the special tokens",
             "write 512 or more",
         )
-    if recipe.data.tokenizer.kind == "tekken" and model.vocab_size != 131072:
+
+
+def data_settings(recipe: Recipe) -> None:
+    """The vocabulary of a tokenizer that is not trained here; a held-out share that leaves text to train on."""
+    vocab_size, share = recipe.model.vocab_size, recipe.data.heldout_share
+    if recipe.data.tokenizer.kind == "tekken" and vocab_size != TEKKEN_VOCAB_SIZE:
         raise RecipeError(
-            "model.vocab_size", f"Tekken has 131072 entries, not {model.vocab_size}", "write model.vocab_size=131072"
+            "model.vocab_size",
+            f"Tekken has {TEKKEN_VOCAB_SIZE} entries, not {vocab_size}",
+            f"write model.vocab_size={TEKKEN_VOCAB_SIZE}",
         )
+    if not 0 < share < 0.5:
+        raise RecipeError("data.heldout_share", f"{share} is outside (0, 0.5)", "write for example 0.01")
 
 
 def optimizer_ranges(recipe: Recipe) -> None:
-    """Decay of the moments in [0, 1); shares of documents in (0, 1)."""
+    """Decay of the moments in [0, 1); the nucleus of the sampling in (0, 1]."""
     for name in ("beta1", "beta2"):
         value = getattr(recipe.optimizer, name)
         if not 0 <= value < 1:
             raise RecipeError(f"optimizer.{name}", f"{value} is outside [0, 1)", "write for example 0.9")
-    if not 0 < recipe.data.heldout_share < 0.5:
-        raise RecipeError(
-            "data.heldout_share", f"{recipe.data.heldout_share} is outside (0, 0.5)", "write for example 0.01"
-        )
     if not 0 < recipe.generate.top_p <= 1:
         raise RecipeError("generate.top_p", f"{recipe.generate.top_p} is outside (0, 1]", "write for example 0.95")
 
@@ -249,6 +266,7 @@ def names(recipe: Recipe) -> None:
 
 RULES: tuple[Callable[[Recipe], None], ...] = (
     model_shapes,
+    data_settings,
     optimizer_ranges,
     layouts,
     distributed_optimizer,

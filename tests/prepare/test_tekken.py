@@ -18,10 +18,11 @@ from tokenizers import Tokenizer
 from nano_pretrain.data.shards import token_byte_lengths
 from nano_pretrain.prepare.corpus_file import load_package_file
 from nano_pretrain.prepare.fetch import fetch
-from nano_pretrain.prepare.tekken import TEKKEN_VOCAB_SIZE, convert, load_tekken, parents
+from nano_pretrain.prepare.tekken import convert, load_tekken, parents
 from nano_pretrain.prepare.tokenizer import PATTERN
 from nano_pretrain.recipe.errors import UserError
 from nano_pretrain.recipe.load import tree
+from nano_pretrain.recipe.rules import TEKKEN_VOCAB_SIZE
 from tests.prepare.small_corpus import members, prose, write_wheel
 
 SPECIAL_COUNT = 10
