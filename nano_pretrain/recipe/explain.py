@@ -56,6 +56,8 @@ def _unknown_option(error: MissingConfigException) -> str:
 
 def _unknown_field(field: str, siblings: Sequence[str]) -> str:
     parent, _, leaf = field.rpartition(".")
+    if parent.endswith(".blend") and not siblings:
+        return f"{field}: the blend is the name of a file; write '{parent}={{SOURCE: WEIGHT, ...}}' for one of your own"
     if parent.endswith(".blend"):
         known = ", ".join(siblings)
         return f"{field}: the blend has no such source; write +{field}=WEIGHT to add it, or choose from {known}"

@@ -214,3 +214,11 @@ def test_run_directory_that_cannot_be_made(cli: Cli, corpus: Path, tmp_path: Pat
     (tmp_path / "file").touch()
     answer = cli("launch", *SMALL, f"data.path={corpus}", "run.dir=file")
     assert_one_line(answer, ["file/tiny/logs: cannot be written", "choose another run.dir"])
+
+
+def test_source_of_a_blend_that_is_a_file_says_how_to_write_a_blend(cli: Cli, tmp_path: Path) -> None:
+    answer = cli("train", f"{P1}.blend.code=3")
+    assert_one_line(
+        answer, [f"{P1}.blend.code: the blend is the name of a file", f"write '{P1}.blend={{SOURCE: WEIGHT"]
+    )
+    assert files(tmp_path) == []
