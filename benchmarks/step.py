@@ -1,8 +1,10 @@
 """Tokens per second of a whole step (forward, backward, Adam) against transformers' NemotronH, in one run.
 
-    python -m benchmarks.step [--precision fp32|bf16] [--repeats 7] [--threads 2]
+    python -m benchmarks.step [--precision fp32|bf16] [--kernels auto|native|plain] [--repeats 7] [--threads 2]
 
-Both models have the same shapes, both run with denormals flushed; a figure is the median of the repeats, in turn.
+Both models have the same shapes, both run with denormals flushed; a figure is the median of the repeats, in turn. The
+peer runs with torch as it comes, and in FP32 a second time with the matrix products that this project's platform
+chooses (`platform/products.py`).
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -86,6 +89,24 @@ def theirs(recipe: Recipe, tokens: torch.Tensor, labels: torch.Tensor) -> Callab
     return step
 
 
+def torch_products() -> Any:
+    """torch's setting for FP32 matrix products on a CPU."""
+    mkldnn: Any = torch.backends.mkldnn
+    return mkldnn.matmul
+
+
+def with_default_products(step: Callable[[], None]) -> Callable[[], None]:
+    """The step with the matrix products that torch chooses by itself."""
+
+    def defaulted() -> None:
+        before = torch_products().fp32_precision
+        torch_products().fp32_precision = "none"
+        step()
+        torch_products().fp32_precision = before
+
+    return defaulted
+
+
 def measure(steps: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
     """Median seconds of each step; one unmeasured step each first, then in turn."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
@@ -99,27 +120,31 @@ def measure(steps: dict[str, Callable[[], None]], repeats: int) -> dict[str, flo
 
 
 def main() -> None:
-    """Print both speeds and their ratio."""
+    """Print the speeds, and how many times slower than ours each is."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
+    parser.add_argument("--kernels", choices=("auto", "native", "plain"), default="auto")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     recipe = Recipe(model=MODEL, precision=PrecisionConfig(name=options.precision))
     platform = current_platform()
-    device = platform.prepare(0, options.threads)
+    device = platform.prepare(0, options.threads, options.kernels)
     with process_groups(platform, ranks_from_environment(), recipe.parallel, 600):
         tokens = torch.randint(0, MODEL.vocab_size, (BATCH, LENGTH), device=device)
         labels = tokens.roll(-1, 1)
         steps = {"nano_pretrain": ours(recipe, tokens, labels)}
         if device.type == "cpu":
-            steps["transformers"] = theirs(recipe, tokens, labels)
+            peer = theirs(recipe, tokens, labels)
+            steps["transformers"] = with_default_products(peer)
+            if options.precision == "fp32" and torch_products().fp32_precision != "none":
+                steps["transformers, our products"] = peer
         medians = measure(steps, options.repeats)
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {options.threads} threads"
     for name, seconds in medians.items():
-        print(f"{name:14} {options.precision}  {BATCH * LENGTH / seconds:10,.0f} tokens/s  ({where})")
-    if "transformers" in medians:
-        print(f"ratio {medians['transformers'] / medians['nano_pretrain']:.2f}")
+        ratio = seconds / medians["nano_pretrain"]
+        print(f"{name:27} {options.precision}  {BATCH * LENGTH / seconds:9,.0f} tokens/s  ratio {ratio:.2f}  ({where})")
+    print(f"kernels: {platform.kernels()}")
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def generate(recipe: Recipe, options: GenerateConfig, run_dir: Path, prompts: Se
     tokenizer.encode_special_tokens = True
     encoded = [tokenizer.encode(prompt).ids or [corpus.eod_id] for prompt in prompts]
     platform = current_platform()
-    platform.prepare(0, recipe.cluster.threads_per_rank)
+    platform.prepare(0, recipe.cluster.threads_per_rank, recipe.cluster.cpu_kernels)
     from nano_pretrain.model.hybrid import build_model
 
     layout = ParallelConfig(distributed_optimizer=False)

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nano_pretrain.kernels.conv import causal_conv_silu
+from nano_pretrain.kernels.native.library import active
+from nano_pretrain.kernels.native.mixer import Sizes, native_mixer
 from nano_pretrain.kernels.norm import gated_rms_norm
 from nano_pretrain.kernels.ssd import chunk_scan, state_update
 
@@ -111,6 +113,10 @@ def mamba_split_conv1d_scan_combined(
     heads = A.shape[0]
     inner = heads * headdim
     state = (conv1d_weight.shape[0] - inner) // (2 * ngroups)
+    library = active(zxbcdt)
+    if library:
+        sizes = Sizes(heads, headdim, ngroups, state)
+        return native_mixer(library, sizes, zxbcdt, conv1d_weight, conv1d_bias, dt_bias, A, D, seq_idx)
     z, xbc, dt = zxbcdt.split([inner, inner + 2 * ngroups * state, heads], -1)
     xbc = causal_conv_silu(xbc, conv1d_weight, conv1d_bias, seq_idx)
     x, b, c = xbc.split([inner, ngroups * state, ngroups * state], -1)

@@ -15,6 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nano_pretrain.kernels.native.library import active
+from nano_pretrain.kernels.native.scan import native_scan
+
 CHUNK = 64
 """Tokens of a chunk: the fastest in the measurements of docs/log.md; independent of the model's `chunk_size`."""
 
@@ -44,6 +47,9 @@ def chunk_scan(
     Returns:
         y [b, l, h, p] in the dtype of x, and the state after the last token [b, h, p, n] in the dtype of dt.
     """
+    library = active(x, dt, b, c)
+    if library:
+        return native_scan(library, x, dt, a, b, c, d, initial_states, seq_idx)
     length = x.shape[1]
     heads_per_group = x.shape[2] // b.shape[2]
     x_, dt_, b_, c_ = (_chunks(t) for t in (x, dt, b, c))

@@ -5,16 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from nano_pretrain.kernels.activation import squared_relu
 from nano_pretrain.platform import Platform
 from nano_pretrain.recipe.derived import parameter_dtype
 from nano_pretrain.recipe.schema import ParallelConfig, Recipe
-
-
-def squared_relu(x: Tensor) -> Tensor:
-    """`relu(x)^2` (So et al. 2021); megatron-core's own is compiled at its first call."""
-    return torch.relu(x).square()
 
 
 def transformer_config(recipe: Recipe, layout: ParallelConfig, platform: Platform) -> Any:

@@ -14,6 +14,7 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor, nn
 
+from nano_pretrain.kernels.cross_entropy import vocabulary_cross_entropy
 from nano_pretrain.model.config import transformer_config
 from nano_pretrain.model.initialisation import initialise_weights
 from nano_pretrain.model.layers import DocumentMixer, stack_spec
@@ -41,7 +42,19 @@ class HybridModel(MambaModel):
         self.true_vocab_size = true_vocab_size
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
-        """Loss of each token in nats [batch, length], from labels and local logits [length, batch, vocab / TP]."""
+        """Loss of each token in nats [batch, length], from labels and local logits [length, batch, vocab / TP].
+
+        On a CPU the backward pass writes the gradient over the logits.
+
+        Raises:
+            ValueError: on a CPU, a label is not in the vocabulary.
+        """
+        if logits.is_cuda:
+            return self.masked_loss(labels, logits)
+        return vocabulary_cross_entropy(logits, labels, self.true_vocab_size, self.pg_collection.tp)
+
+    def masked_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """As `compute_language_model_loss`, by megatron-core."""
         first = self.pg_collection.tp.rank() * logits.shape[-1]
         valid = max(0, self.true_vocab_size - first)
         if valid < logits.shape[-1]:

@@ -34,7 +34,8 @@ class DocumentMixer(MambaMixer):
     def _ssm_training(self, zxBCdt: Tensor, packed_seq_params: Any = None) -> Tensor:  # noqa: N803
         """Convolution, scan and norm: [length, batch, in_proj rows] -> [length, batch, d_inner]."""
         y = mamba_mixer.mamba_split_conv1d_scan_combined(
-            zxBCdt.transpose(0, 1).contiguous(),
+            # mamba-ssm's kernels take it contiguous; the portable ones read and write any order.
+            zxBCdt.transpose(0, 1).contiguous() if zxBCdt.is_cuda else zxBCdt.transpose(0, 1),
             self.cp.get_conv1d_weight().squeeze(1),
             self.cp.get_conv1d_bias(),
             self.cp.get_dt_bias().float(),

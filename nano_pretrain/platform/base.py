@@ -28,13 +28,20 @@ class Platform(Protocol):
     name: str
     backend: str
 
-    def prepare(self, local_rank: int, threads: int | None) -> torch.device:
+    def prepare(self, local_rank: int, threads: int | None, kernels: str = "auto") -> torch.device:
         """Make torch and megatron-core ready on this machine; returns the rank's device.
 
         Args:
             local_rank: number of the rank on its host.
             threads: CPU threads of the rank, or None for the default.
+            kernels: `cluster.cpu_kernels` of the recipe.
+
+        Raises:
+            UserError: something is not installed.
         """
+
+    def kernels(self) -> str:
+        """Which kernels compute the Mamba-2 layers, in a few words for the log."""
 
     def layer_modules(self) -> LayerModules:
         """Modules for the layer specs."""

@@ -22,7 +22,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from nano_pretrain.kernels.native.library import choose_kernels
 from nano_pretrain.platform.base import LayerModules
+from nano_pretrain.platform.products import use_onednn_for_fp32
 
 MODULES = (
     "megatron.core",
@@ -257,15 +259,24 @@ class CpuPlatform:
     name = "cpu"
     backend = "gloo"
 
-    def prepare(self, local_rank: int, threads: int | None) -> torch.device:
-        """Set the thread count, flush denormals, adapt megatron-core."""
+    def __init__(self) -> None:
+        self._kernels = "plain"
+
+    def prepare(self, local_rank: int, threads: int | None, kernels: str = "auto") -> torch.device:
+        """Set the thread count, flush denormals, choose the kernels, adapt megatron-core."""
         # Decay products underflow; without flushing, denormals make the scan up to 2.5 times slower. Before any
         # parallel region.
         torch.set_flush_denormal(True)
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_ranks))
+        use_onednn_for_fp32()
+        self._kernels = choose_kernels(kernels)
         adapt_megatron()
         return torch.device("cpu")
+
+    def kernels(self) -> str:
+        """Native, or plain with the reason."""
+        return self._kernels
 
     def layer_modules(self) -> LayerModules:
         """megatron-core's tensor-parallel linears with separate norms, and attention through SDPA."""

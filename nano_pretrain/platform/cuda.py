@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from nano_pretrain.platform.base import LayerModules
+from nano_pretrain.platform.limits import guard_chunk_scan, guard_split_scan
 from nano_pretrain.recipe.errors import UserError
 
 PEAK_TFLOPS_BF16 = {"H100 80GB HBM3": 989.4, "H200": 989.4, "B200": 2250.0, "A100-SXM": 312.0}
@@ -22,7 +23,7 @@ class CudaPlatform:
     name = "cuda"
     backend = "nccl"
 
-    def prepare(self, local_rank: int, threads: int | None) -> torch.device:
+    def prepare(self, local_rank: int, threads: int | None, kernels: str = "auto") -> torch.device:
         """Choose the rank's GPU.
 
         Raises:
@@ -34,10 +35,15 @@ class CudaPlatform:
                     f"{package}: not installed, and a GPU was found; pip install 'nano-pretrain[gpu]', "
                     "or set CUDA_VISIBLE_DEVICES= to train on the CPU"
                 )
+        _guard_kernels()
         torch.cuda.set_device(local_rank)
         if threads:
             torch.set_num_threads(threads)
         return torch.device("cuda", local_rank)
+
+    def kernels(self) -> str:
+        """mamba-ssm's."""
+        return "mamba-ssm and Transformer Engine"
 
     def layer_modules(self) -> LayerModules:
         """Transformer Engine's linears with the norm fused in, and its attention."""
@@ -69,6 +75,19 @@ class CudaPlatform:
     def synchronize(self) -> None:
         """Wait for the device."""
         torch.cuda.synchronize()
+
+
+def _guard_kernels() -> None:
+    """Put mamba-ssm's scans behind their 32-bit limit, where megatron-core's mixer calls them."""
+    from megatron.core.ssm import mamba_mixer
+
+    names = mamba_mixer.__dict__
+    for name, guard in (
+        ("mamba_split_conv1d_scan_combined", guard_split_scan),
+        ("mamba_chunk_scan_combined", guard_chunk_scan),
+    ):
+        if not hasattr(names[name], "__wrapped__"):
+            names[name] = guard(names[name])
 
 
 def _without_documents(base: type[nn.Module]) -> type[nn.Module]:

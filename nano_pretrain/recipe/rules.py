@@ -48,6 +48,7 @@ CHOICES = {
     "data.tokenizer.kind": ("bpe", "tekken"),
     "log.wandb": ("offline", "online", "disabled"),
     "launch.kind": ("local",),
+    "cluster.cpu_kernels": ("auto", "native", "plain"),
 }
 
 

@@ -192,6 +192,11 @@ class ClusterConfig:
         None, "Dense peak of one rank in TFLOP/s; null measures (CPU) or looks up (GPU)."
     )
     threads_per_rank: Optional[int] = option(None, "CPU threads of a rank; null divides the machine's cores.")
+    cpu_kernels: str = option(
+        "auto",
+        "auto: C++ kernels, compiled once for this CPU, where GCC is found, else plain; native: nothing but those; "
+        "plain: PyTorch. Without effect on a GPU.",
+    )
     timeout_seconds: int = option(600, "Longest wait of a rank for the others.")
 
 

@@ -37,6 +37,7 @@ def environment(session: Session) -> dict[str, Any]:
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads_per_rank": torch.get_num_threads(),
+        "kernels": session.platform.kernels(),
         "layout": session.layout_summary(),
         "parameters": count_parameters(session.recipe.model).total,
         "command": sys.argv,

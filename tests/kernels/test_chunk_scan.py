@@ -13,6 +13,8 @@ from tests.kernels.compare import Inputs, assert_close, values_and_gradients
 from tests.kernels.references import sequential_scan
 from tests.kernels.scan_cases import ScanCase, cases
 
+pytestmark = pytest.mark.usefixtures("implementation")
+
 # Rounding of float64 (1e-16), times the cancellation in sums over up to 192 tokens.
 FLOAT64 = 1e-12
 # Rounding of fp32 (6e-8), times the sum of dt |a| over a chunk, about 50 (the absolute error of the exponents).

@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
-from nano_pretrain.kernels.conv import causal_conv_silu
+from nano_pretrain.kernels.conv import causal_conv_silu, native_conv_silu, native_conv_silu_backward
+from nano_pretrain.kernels.native import library
 from tests.kernels.compare import Inputs, assert_close, random_tensor, values_and_gradients
+from tests.kernels.implementations import assert_rounded_once, kept_by_autograd, using
+from tests.kernels.layouts import seen, widened
 from tests.kernels.references import convolution_silu
 from tests.kernels.scan_cases import documents
 
+pytestmark = pytest.mark.usefixtures("implementation")
 
-def convolution_inputs(length: int, width: int, *, bias: bool = True, reset: bool = True, seed: int = 0) -> Inputs:
+
+def convolution_inputs(
+    length: int,
+    width: int,
+    *,
+    batch: int = 2,
+    channels: int = 3,
+    bias: bool = True,
+    reset: bool = True,
+    seed: int = 0,
+) -> Inputs:
     g = torch.Generator().manual_seed(seed)
-    batch, channels = 2, 3
     return {
         "x": random_tensor(g, batch, length, channels),
         "weight": random_tensor(g, channels, width),
@@ -24,14 +40,33 @@ def convolution_inputs(length: int, width: int, *, bias: bool = True, reset: boo
     }
 
 
-@given(st.integers(1, 40), st.integers(1, 6), st.booleans(), st.booleans(), st.integers(0, 1000))
-def test_equals_the_convolution_of_each_document(length: int, width: int, bias: bool, reset: bool, seed: int) -> None:
-    # Shorter than the filter, too.
-    inputs = convolution_inputs(length, width, bias=bias, reset=reset, seed=seed)
-    gradients = [random_tensor(torch.Generator().manual_seed(seed), 2, length, 3)]
+def output_gradient(inputs: Inputs) -> Tensor:
+    return random_tensor(torch.Generator().manual_seed(1), *inputs["x"].shape)
+
+
+def converted(inputs: Inputs, dtype: torch.dtype) -> Inputs:
+    return {name: t.to(dtype) if t is not None and t.is_floating_point() else t for name, t in inputs.items()}
+
+
+cases = st.builds(
+    convolution_inputs,
+    st.integers(1, 90),
+    st.integers(1, 6),
+    batch=st.integers(1, 3),
+    channels=st.integers(1, 70) | st.just(515),
+    bias=st.booleans(),
+    reset=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+"""Lengths below the filter's and over several blocks of tokens, channels beyond one piece, odd numbers of both."""
+
+
+@given(cases)
+def test_equals_the_convolution_of_each_document(inputs: Inputs) -> None:
+    gradients = [output_gradient(inputs)]
     expected = values_and_gradients(convolution_silu, inputs, gradients)
-    # Sums of at most 40 products in float64.
-    assert_close(values_and_gradients(causal_conv_silu, inputs, gradients), expected, 1e-13)
+    # Sums of at most 3 * 90 products in float64, and their cancellation.
+    assert_close(values_and_gradients(causal_conv_silu, inputs, gradients), expected, 1e-12)
 
 
 @pytest.mark.parametrize("reset", [False, True])
@@ -44,15 +79,68 @@ def test_gradients_equal_numerical_ones(length: int, width: int, reset: bool) ->
     assert torch.autograd.gradcheck(lambda x, w, b: causal_conv_silu(x, w, b, inputs["seq_idx"]), leaves)
 
 
-def test_bf16_is_computed_in_fp32_and_rounded_once() -> None:
-    inputs = {name: None if t is None else t.bfloat16() for name, t in convolution_inputs(200, 4, reset=False).items()}
-    gradients = [random_tensor(torch.Generator(), 2, 200, 3).bfloat16()]
-    widened = {name: None if t is None else t.double() for name, t in inputs.items()}
-    expected = values_and_gradients(convolution_silu, widened, gradients)
+@pytest.mark.parametrize("width", [4, 7])
+def test_fp32_is_as_exact_as_fp32(width: int) -> None:
+    inputs = converted(convolution_inputs(200, width, channels=40), torch.float32)
+    gradients = [output_gradient(inputs).float()]
+    expected = values_and_gradients(convolution_silu, converted(inputs, torch.float64), gradients)
+    # Some ten roundings of 2^-24 in each result.
+    assert_close(values_and_gradients(causal_conv_silu, inputs, gradients), expected, 1e-6)
+
+
+@pytest.mark.parametrize("parameters", [torch.bfloat16, torch.float32])
+def test_bf16_is_computed_in_fp32_and_rounded_once(parameters: torch.dtype) -> None:
+    inputs = converted(convolution_inputs(200, 4, channels=40), torch.bfloat16)
+    gradients = [output_gradient(inputs).bfloat16()]
+    expected = values_and_gradients(convolution_silu, converted(inputs, torch.float64), gradients)
+    inputs |= {name: inputs[name].to(parameters) for name in ("weight", "bias")}
     actual = values_and_gradients(causal_conv_silu, inputs, gradients)
-    assert {value.dtype for value in actual.values()} == {torch.bfloat16}
-    # 2^-8 / sqrt(3) is the largest mean-square error of one rounding.
-    assert_close(actual, expected, 2**-8 / 3**0.5)
+    assert {actual[name].dtype for name in ("dweight", "dbias")} == {parameters}
+    assert_rounded_once({name: t.bfloat16() for name, t in actual.items()}, expected)
+
+
+def test_channels_of_a_wider_tensor_are_used_where_they_are() -> None:
+    inputs = convolution_inputs(50, 4, channels=20)
+    gradient = output_gradient(inputs)
+    expected = values_and_gradients(causal_conv_silu, inputs, [gradient])
+
+    def of_wider(x: Tensor, **others: Any) -> Tensor:
+        return causal_conv_silu(seen(x), **others)
+
+    actual = values_and_gradients(of_wider, {**inputs, "x": widened(inputs["x"])}, [seen(widened(gradient))])
+    assert actual["0"].transpose(0, 1).is_contiguous()
+    # The plain sums over tokens follow the order of memory.
+    assert_close({**actual, "dx": seen(actual["dx"])}, expected, 1e-14)
+
+
+@pytest.mark.parametrize("gradient", [torch.ones(1).expand(2, 30, 3), torch.ones(2, 3, 30).transpose(1, 2)])
+def test_gradients_of_any_layout_are_taken(gradient: Tensor) -> None:
+    inputs = convolution_inputs(30, 4)
+    inputs["x"] = inputs["x"].transpose(1, 2).contiguous().transpose(1, 2)
+    expected = values_and_gradients(convolution_silu, inputs, [torch.ones(2, 30, 3)])
+    assert_close(values_and_gradients(causal_conv_silu, inputs, [gradient]), expected, 1e-13)
+
+
+def test_native_results_go_into_a_part_of_a_wider_tensor() -> None:
+    inputs = convolution_inputs(50, 4)
+    gradient = output_gradient(inputs)
+    expected = values_and_gradients(convolution_silu, inputs, [gradient])
+    out, dx = (widened(torch.zeros_like(gradient)) for _ in range(2))
+    with using("native"):
+        kernels = library.active(out)
+        assert kernels is not None
+        native_conv_silu(kernels, **inputs, out=seen(out))
+        native_conv_silu_backward(kernels, **inputs, grad=gradient, dx=seen(dx))
+        with pytest.raises(
+            ValueError, match=r"cannot write torch.float64 \(2, 50, 3\) into torch.float64 \(2, 50, 8\)"
+        ):
+            native_conv_silu(kernels, **inputs, out=out.transpose(0, 1))
+        with pytest.raises(ValueError, match="cannot write"):
+            native_conv_silu(kernels, **inputs, out=torch.empty(2, 3, 50, dtype=torch.float64).transpose(1, 2))
+    assert_close({"0": seen(out), "dx": seen(dx)}, {name: expected[name] for name in ("0", "dx")}, 1e-13)
+    for t in (out, dx):
+        seen(t).zero_()
+        assert torch.equal(t, widened(torch.zeros_like(gradient)))
 
 
 def test_outputs_do_not_depend_on_later_tokens() -> None:
@@ -61,3 +149,54 @@ def test_outputs_do_not_depend_on_later_tokens() -> None:
     x = inputs["x"]
     changed = {**inputs, "x": torch.cat([x[:, :12], 1e6 * x[:, 12:]], 1)}
     assert torch.equal(causal_conv_silu(**inputs)[:, :12], causal_conv_silu(**changed)[:, :12])
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_what_is_not_finite_shows_where_the_filter_reaches(
+    implementation: str, dtype: torch.dtype, value: float
+) -> None:
+    inputs = converted(convolution_inputs(60, 4, channels=40, reset=False), dtype)
+    end = 34
+    if implementation == "native":  # the plain one multiplies by 0 across the border
+        inputs["seq_idx"], end = (torch.arange(60) >= 32).expand(2, -1), 32
+    inputs["x"][1, 30, 7] = value
+    found = values_and_gradients(causal_conv_silu, inputs, [output_gradient(inputs)])
+    seen_at = torch.zeros(2, 60, 40, dtype=torch.bool)
+    seen_at[1, 30:end, 7] = True
+    # SiLU of minus infinity is 0 in the limit; -inf / (1 + inf), as PyTorch has it, is NaN.
+    assert torch.equal(~found["0"].isfinite(), seen_at)
+    assert torch.equal((~found["dweight"].isfinite()).any(1), seen_at.any(0).any(0))
+
+
+def test_only_the_gradients_asked_for_are_given() -> None:
+    inputs = convolution_inputs(30, 4)
+    x, weight, bias = inputs["x"].requires_grad_(), inputs["weight"], inputs["bias"].requires_grad_()
+    causal_conv_silu(x, weight, bias).sum().backward()
+    assert x.grad is not None
+    assert bias.grad is not None
+    assert weight.grad is None
+    with torch.no_grad():
+        assert not causal_conv_silu(x, weight, bias).requires_grad
+
+
+def test_only_the_inputs_are_kept() -> None:
+    inputs = convolution_inputs(30, 4)
+    leaves = [inputs[name].requires_grad_() for name in ("x", "weight", "bias")]
+    given = [*leaves, inputs["seq_idx"]]
+    assert kept_by_autograd(lambda: causal_conv_silu(*given)) == {t.untyped_storage().data_ptr() for t in given}
+
+
+def test_a_second_derivative_is_refused() -> None:
+    inputs = convolution_inputs(30, 4)
+    x, gradient = inputs["x"].requires_grad_(), output_gradient(inputs).requires_grad_()
+    (dx,) = torch.autograd.grad(causal_conv_silu(x, inputs["weight"], None), x, gradient, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
+@pytest.mark.parametrize("wrong", ["weight", "bias", "seq_idx"])
+def test_a_shape_that_does_not_fit_is_refused(wrong: str) -> None:
+    inputs = convolution_inputs(30, 4)
+    with pytest.raises(RuntimeError, match="size"):
+        causal_conv_silu(**{**inputs, wrong: inputs[wrong][:, :-1] if wrong == "seq_idx" else inputs[wrong][:-1]})

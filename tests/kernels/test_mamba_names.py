@@ -18,6 +18,8 @@ from tests.kernels.compare import Inputs, assert_close, random_tensor, values_an
 from tests.kernels.references import convolution_silu, sequential_scan
 from tests.kernels.scan_cases import documents
 
+pytestmark = pytest.mark.usefixtures("implementation")
+
 BATCH, LENGTH, HEADS, CHANNELS, GROUPS, STATE, WIDTH = 2, 70, 4, 3, 2, 5, 4
 INNER = HEADS * CHANNELS
 TOLERANCE = 1e-12

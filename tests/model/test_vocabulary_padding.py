@@ -30,6 +30,20 @@ def test_the_loss_is_the_cross_entropy_of_the_true_vocabulary(model: Any) -> Non
     torch.testing.assert_close(losses(model, micro_batch).flatten(), expected, rtol=0, atol=3e-6)
 
 
+def test_the_loss_of_gpus_is_the_same(model: Any) -> None:
+    # There megatron-core computes it, over masked logits.
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(48, 2, 1024, generator=generator)
+    labels = torch.randint(600, (2, 48), generator=generator)
+    results = []
+    for loss in (model.compute_language_model_loss, model.masked_loss):
+        found = values.clone().requires_grad_()
+        losses = loss(labels, found * 1)
+        results.append((losses, *torch.autograd.grad(losses.square().sum(), found)))
+    # fp32 rounding of a loss of about 7, and of its gradient.
+    torch.testing.assert_close(results[0], results[1], rtol=1e-6, atol=3e-6)
+
+
 def test_padding_has_no_probability_whatever_its_weights(model: Any) -> None:
     micro_batch = batch(small_recipe(vocab_size=600))
     before = losses(model, micro_batch)

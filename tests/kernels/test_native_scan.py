@@ -1,0 +1,152 @@
+"""What the native scan promises beyond the plain one: threads, memory, layouts, and that the tests see its mistakes."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from nano_pretrain.kernels.mamba import mamba_split_conv1d_scan_combined
+from nano_pretrain.kernels.native import build, library
+from nano_pretrain.kernels.ssd import chunk_scan
+from tests.kernels.compare import Inputs, assert_close, random_tensor, values_and_gradients
+from tests.kernels.implementations import Results, assert_bits_do_not_depend_on_threads, kept_by_autograd, using
+from tests.kernels.references import sequential_scan
+from tests.kernels.scan_cases import ScanCase, documents
+
+SEGMENT = 1024
+"""Tokens between two kept states."""
+
+
+def narrow(inputs: Inputs) -> Inputs:
+    """x, b and c in bf16, the rest in fp32."""
+    return {
+        name: value.to(torch.bfloat16 if name in ("x", "b", "c") else torch.float32)
+        if value is not None and value.is_floating_point()
+        else value
+        for name, value in inputs.items()
+    }
+
+
+def test_bits_do_not_depend_on_threads() -> None:
+    case = ScanCase(length=200, groups=3, heads_per_group=5, channels=7, state=9)
+    inputs = narrow(case.inputs())
+    assert_bits_do_not_depend_on_threads(lambda: values_and_gradients(chunk_scan, inputs, case.output_gradients()))
+
+
+@pytest.mark.parametrize("length", [SEGMENT - 1, SEGMENT, SEGMENT + 1, 2 * SEGMENT + 70])
+def test_segments_equal_the_recurrence(length: int) -> None:
+    case = ScanCase(batch=1, length=length, groups=1, heads_per_group=2, channels=3, state=4)
+    inputs, gradients = case.inputs(), case.output_gradients()
+    expected = values_and_gradients(sequential_scan, inputs, gradients)
+    with using("native"):
+        actual = values_and_gradients(chunk_scan, inputs, gradients)
+    # Rounding of float64 in sums over 2,000 tokens, as in test_chunk_scan.
+    assert_close(actual, expected, 1e-12)
+
+
+def layer(zxbcdt: Tensor, weight: Tensor, bias: Tensor, a: Tensor, d: Tensor, dt_bias: Tensor) -> Tensor:
+    """Two heads of 8, two groups, state 3; input and output [length, batch, channels] as megatron-core's."""
+    out = mamba_split_conv1d_scan_combined(
+        zxbcdt.transpose(0, 1), weight, bias, dt_bias, a, d, chunk_size=64, headdim=8, ngroups=2
+    )
+    return out.transpose(0, 1)
+
+
+def layer_inputs(length: int, batch: int) -> Inputs:
+    g = torch.Generator().manual_seed(0)
+    return {
+        "zxbcdt": random_tensor(g, length, batch, 16 + 28 + 2),
+        "weight": random_tensor(g, 28, 4),
+        "bias": random_tensor(g, 28),
+        "a": -random_tensor(g, 2).exp(),
+        "d": random_tensor(g, 2),
+        "dt_bias": random_tensor(g, 2),
+    }
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_layer_in_megatrons_order_of_batch_and_length(batch: int) -> None:
+    inputs = layer_inputs(70, batch)
+    gradients = [random_tensor(torch.Generator(), 70, batch, 16)]
+    expected = values_and_gradients(layer, inputs, gradients)
+    with using("native"):
+        actual = values_and_gradients(layer, inputs, gradients)
+        out = layer(**inputs)
+    assert_close(actual, expected, 1e-12)
+    assert out.is_contiguous(), "the norm and out_proj would copy it"
+
+
+def test_a_layer_keeps_two_tensors_of_its_length() -> None:
+    inputs = {name: value.float().requires_grad_() for name, value in layer_inputs(2 * SEGMENT, 1).items()}
+    with using("native"):
+        kept = kept_by_autograd(lambda: layer(**inputs))
+    parameters = {value.untyped_storage().data_ptr() for name, value in inputs.items() if name != "zxbcdt"}
+    # in_proj's output, the scan's output before the gate, and one state in 1,024 tokens.
+    assert inputs["zxbcdt"].untyped_storage().data_ptr() in kept
+    assert len(kept - parameters) <= 3
+
+
+def test_a_layer_that_is_not_differentiated_keeps_nothing() -> None:
+    inputs = {name: value.float() for name, value in layer_inputs(100, 1).items()}
+    with using("native"), torch.no_grad():
+        assert kept_by_autograd(lambda: layer(**inputs)) == set()
+
+
+def test_nan_is_not_hidden() -> None:
+    inputs = {**ScanCase(initial=False, documents=False).inputs()}
+    inputs["x"][0, 70, 1, 2] = float("nan")
+    with using("native"):
+        y, last = chunk_scan(**inputs)
+    assert y[0, 70:, 1, 2].isnan().all()
+    assert last[0, 1, 2].isnan().all()
+    assert y[1].isfinite().all()
+
+
+MISTAKES = {
+    "decay one token too long": (
+        "scan.h",
+        "std::min(sum[q] - sum[k], W(0))",
+        "std::min(sum[q] - sum[k] - dt[k], W(0))",
+    ),
+    "decay between strips": (
+        "scan.h",
+        "exponential(sum[strip] - sum[k])",
+        "exponential(sum[strip] - sum[k]) * W(0.999)",
+    ),
+    "documents in a chunk": ("scan.h", "k < documents.first[q]; k++) row[k] = 0", "k < 0; k++) row[k] = 0"),
+    "documents in the carried output": ("scan.h", "documents.sees_state(q) ?", "true ?"),
+    "documents in the kept state": ("scan.h", "documents.sees_state(CHUNK - 1) ?", "true ?"),
+    "documents in the added state": ("scan.h", "k < documents.last(); k++) to_end", "k < 0; k++) to_end"),
+    "gradient of the kept state": ("scan_backward.cpp", "    return kept;", "    return 0 * kept;"),
+    "gradient of the skip": ("scan_backward.cpp", "+ skip * dy[j]", ""),
+    "state of the wrong segment": ("scan_backward.cpp", "s.segments() + segment)", "s.segments() + 0)"),
+}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_seen(mistake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, right, wrong = MISTAKES[mistake]
+    sources = Path(shutil.copytree(build.SOURCES, tmp_path / "sources"))
+    text = (sources / file).read_text()
+    assert text.count(right) == 1
+    (sources / file).write_text(text.replace(right, wrong))
+    for source in sources.glob("*.cpp"):
+        if not source.name.startswith("scan"):
+            source.unlink()
+    monkeypatch.setattr(build, "SOURCES", sources)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(library, "_loaded", None)
+    case = ScanCase(length=SEGMENT + 300)
+    inputs, gradients = case.inputs(), case.output_gradients()
+    # Short documents would hide a wrong segment: nothing lives that long.
+    inputs["seq_idx"] = documents(torch.Generator().manual_seed(0), 2, case.length) // 8
+    expected = values_and_gradients(sequential_scan, inputs, gradients)
+    with library.implementation("native"):
+        actual: Results = values_and_gradients(chunk_scan, inputs, gradients)
+    with pytest.raises(AssertionError, match="is off by"):
+        assert_close(actual, expected, 1e-12)
