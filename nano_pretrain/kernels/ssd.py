@@ -87,8 +87,10 @@ def _decay(cumulative: Tensor, documents: Tensor | None, heads_per_group: int) -
     allowed = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=cumulative.device).tril()
     if documents is not None:
         allowed = (allowed & (documents.unsqueeze(-1) == documents.unsqueeze(-2)))[:, :, None, None]
-    # Masked before the exponential: above the diagonal it overflows, and its gradient would be NaN.
-    return difference.masked_fill_(~allowed, -torch.inf).exp_()
+    # Masked before the exponential: above the diagonal it overflows, and its gradient would be NaN. The diagonal is
+    # constant: what it would give to the gradients of dt and a cancels, but not to the last bit.
+    diagonal = torch.eye(CHUNK, dtype=torch.bool, device=cumulative.device)
+    return difference.masked_fill_(diagonal, 0.0).masked_fill_(~allowed, -torch.inf).exp_()
 
 
 def _added_states(xdt: Tensor, b: Tensor, cumulative: Tensor, documents: Tensor | None) -> Tensor:

@@ -63,7 +63,8 @@ def guard_split_scan(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
     ) -> Tensor:
         heads, head_dim, groups = dt_bias.shape[0], kwargs["headdim"], kwargs["ngroups"]
         state = (conv1d_weight.shape[0] - heads * head_dim) // (2 * groups)
-        check_int32(*largest_tensor(*zxbcdt.shape[:2], heads, head_dim, groups, state, kwargs["chunk_size"]))
+        batch, length = zxbcdt.shape[:2]
+        check_int32(*largest_tensor(batch, length, heads, head_dim, groups, state, kwargs["chunk_size"]))
         return kernel(zxbcdt, conv1d_weight, conv1d_bias, dt_bias, *args, **kwargs)
 
     return guarded
@@ -74,7 +75,8 @@ def guard_chunk_scan(kernel: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(kernel)
     def guarded(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int, **kwargs: Any) -> Any:  # noqa: N803
-        check_int32(*largest_tensor(*x.shape, *B.shape[2:], chunk_size))
+        (batch, length, heads, head_dim), (groups, state) = x.shape, B.shape[2:]
+        check_int32(*largest_tensor(batch, length, heads, head_dim, groups, state, chunk_size))
         return kernel(x, dt, A, B, C, chunk_size, **kwargs)
 
     return guarded

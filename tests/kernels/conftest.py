@@ -18,3 +18,10 @@ def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
     """The kernels in use."""
     with using(request.param):
         yield request.param
+
+
+@pytest.fixture
+def plain() -> Iterator[None]:
+    """The plain kernels, whatever a platform chose before."""
+    with using("plain"):
+        yield

@@ -12,6 +12,8 @@ from nano_pretrain.kernels.conv import causal_conv_silu
 from nano_pretrain.kernels.ssd import chunk_scan
 from tests.kernels.allocations import largest_tensor
 
+pytestmark = pytest.mark.usefixtures("implementation")
+
 SHORT, LONG = 512, 2048
 HEADS, CHANNELS = 2, 4
 

@@ -18,6 +18,8 @@ from tests.kernels.scan_cases import ScanCase
 from tests.kernels.test_attention import attend, attention_inputs, output_gradient
 from tests.kernels.test_conv import convolution_inputs
 
+pytestmark = pytest.mark.usefixtures("plain")
+
 Change = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -10,8 +9,8 @@ import torch
 from torch import Tensor
 
 from nano_pretrain.kernels.mamba import mamba_split_conv1d_scan_combined
-from nano_pretrain.kernels.native import build, library
 from nano_pretrain.kernels.ssd import chunk_scan
+from tests.kernels.broken_sources import broken_kernels
 from tests.kernels.compare import Inputs, assert_close, random_tensor, values_and_gradients
 from tests.kernels.implementations import Results, assert_bits_do_not_depend_on_threads, kept_by_autograd, using
 from tests.kernels.references import sequential_scan
@@ -129,24 +128,14 @@ MISTAKES = {
 
 @pytest.mark.full
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_seen(mistake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mistake_is_seen(mistake: str, tmp_path: Path) -> None:
     file, right, wrong = MISTAKES[mistake]
-    sources = Path(shutil.copytree(build.SOURCES, tmp_path / "sources"))
-    text = (sources / file).read_text()
-    assert text.count(right) == 1
-    (sources / file).write_text(text.replace(right, wrong))
-    for source in sources.glob("*.cpp"):
-        if not source.name.startswith("scan"):
-            source.unlink()
-    monkeypatch.setattr(build, "SOURCES", sources)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(library, "_loaded", None)
     case = ScanCase(length=SEGMENT + 300)
     inputs, gradients = case.inputs(), case.output_gradients()
     # Short documents would hide a wrong segment: nothing lives that long.
     inputs["seq_idx"] = documents(torch.Generator().manual_seed(0), 2, case.length) // 8
     expected = values_and_gradients(sequential_scan, inputs, gradients)
-    with library.implementation("native"):
+    with broken_kernels(file, right, wrong, tmp_path, only="scan"):
         actual: Results = values_and_gradients(chunk_scan, inputs, gradients)
     with pytest.raises(AssertionError, match="is off by"):
         assert_close(actual, expected, 1e-12)

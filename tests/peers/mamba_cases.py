@@ -189,7 +189,7 @@ SMALL: dict[str, Callable[[], Case]] = {
     "token": partial(token, 2, 2, 6, 8, 16, gate=True),
     "token without gate": partial(token, 1, 1, 2, 5, 8, gate=False),
 }
-"""Seconds each in the interpreter."""
+"""Up to three seconds each in the interpreter."""
 
 LARGE: dict[str, Callable[[], Case]] = {
     "scan": partial(scan, 512, 128, groups=4, heads=8, channels=64, state=128, gate=True, states=True, packed=True),

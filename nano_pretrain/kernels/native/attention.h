@@ -58,15 +58,6 @@ struct Visible {
   }
 };
 
-// Memory of this thread for the tiles of one task, kept from task to task.
-template <class W>
-inline W* tile_memory(i64 count) {
-  static thread_local std::vector<W> memory;
-  if (i64(memory.size()) < count + LANES<W>) memory.resize(count + LANES<W>);
-  auto past_a_vector = reinterpret_cast<std::uintptr_t>(memory.data()) % VECTOR_BYTES;
-  return memory.data() + (VECTOR_BYTES - past_a_vector) / sizeof(W);
-}
-
 // tile[rows, width] = factor times `tokens` rows of one head; what lies outside is zero.
 template <class T, class W>
 inline void load(const T* source, i64 token_stride, i64 tokens, i64 dim, W factor, W* tile, i64 rows, i64 width) {

@@ -177,7 +177,8 @@ void conv_forward(i64 dtype, const void* x, i64 x_batch, i64 x_token, const void
            channels, width, threads);
 }
 
-// The gradients, of the shapes and types of their tensors (dbias also where bias is null); what preceded the SiLU is computed again.
+// The gradients, of the shapes and types of their tensors (dbias also where bias is null); what preceded the SiLU is
+// computed again.
 void conv_backward(i64 dtype, const void* x, i64 x_batch, i64 x_token, const void* weight, const void* bias,
                    const std::int32_t* seq_idx, const void* grad, i64 grad_batch, i64 grad_token, void* dx,
                    i64 dx_batch, i64 dx_token, void* dweight, void* dbias, i64 batch, i64 length, i64 channels,

@@ -37,6 +37,15 @@ inline i64 padded(i64 count) {
   return round_up(count, std::max<i64>(LANES<W>, ROWS));
 }
 
+// Memory of this thread for the tiles of one task, kept from task to task; it begins at a cache line.
+template <class W>
+inline W* tile_memory(i64 count) {
+  constexpr std::uintptr_t LINE = 64;
+  static thread_local std::vector<W> memory;
+  if (memory.size() < count + LINE / sizeof(W)) memory.resize(count + LINE / sizeof(W));
+  return reinterpret_cast<W*>((reinterpret_cast<std::uintptr_t>(memory.data()) + LINE - 1) / LINE * LINE);
+}
+
 template <class W, int VECTORS>
 inline void gemm_block(i64 k, const W* a, i64 a_row, i64 a_column, const W* b, i64 b_row, W* c, i64 c_row, bool add) {
   using V = vector<W>;

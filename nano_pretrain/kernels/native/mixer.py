@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nano_pretrain.kernels.native.layout import empty_tokens, tokens, wide, written_tokens
 from nano_pretrain.kernels.native.library import Library
 from nano_pretrain.kernels.native.scan import ScanInputs, scan_backward, scan_forward, scan_inputs
 
@@ -39,14 +40,6 @@ class Sizes:
         by_head: Tensor = x.unflatten(-1, (self.heads, self.channels))
         by_group = [t.unflatten(-1, (self.groups, self.state)) for t in (b, c)]
         return by_head, by_group[0], by_group[1]
-
-
-def empty_like_rows(t: Tensor, channels: int) -> Tensor:
-    """[batch, length, channels], dense, in memory in the order of t's batch and length: mostly length before batch."""
-    batch, length = t.shape[:2]
-    if batch > 1 and t.stride(0) < t.stride(1):
-        return t.new_empty(length, batch, channels).transpose(0, 1)
-    return t.new_empty(batch, length, channels)
 
 
 def native_mixer(
@@ -98,12 +91,12 @@ class _Mixer(torch.autograd.Function):
         seq_idx: Tensor | None,
     ) -> Tensor:
         z = sizes.split(zxbcdt)[0]
-        y = empty_like_rows(zxbcdt, sizes.inner)
+        y = empty_tokens(z)
         layer = _Layer(library, sizes, zxbcdt, weight, bias, dt_bias, a, d, seq_idx)
         inputs = layer.scan_inputs(layer.convolved())
         _, kept = scan_forward(library, inputs, None, y, keep=any(ctx.needs_input_grad))
         out = torch.empty_like(y)
-        library.call("gate_forward", y.dtype, *rows(y), *rows(z), *rows(out), *y.shape)
+        library.call("gate_forward", y.dtype, *tokens(y, y), *tokens(z, y), *written_tokens(out, y), *y.shape)
         ctx.save_for_backward(zxbcdt, weight, bias, dt_bias, a, d, seq_idx, y, kept)
         ctx.library, ctx.sizes = library, sizes
         return out
@@ -114,11 +107,13 @@ class _Mixer(torch.autograd.Function):
         zxbcdt, weight, bias, dt_bias, a, d, seq_idx, y, kept = ctx.saved_tensors
         library, sizes = ctx.library, ctx.sizes
         layer = _Layer(library, sizes, zxbcdt, weight, bias, dt_bias, a, d, seq_idx)
-        dzxbcdt = empty_like_rows(zxbcdt, zxbcdt.shape[2])
+        dzxbcdt = empty_tokens(zxbcdt)
         (z, xbc, _), (dz, dxbc, ddt) = sizes.split(zxbcdt), sizes.split(dzxbcdt)
-        grad = grad if grad.stride(2) == 1 else grad.contiguous()
         dy = torch.empty_like(y)
-        library.call("gate_backward", y.dtype, *rows(y), *rows(z), *rows(grad), *rows(dy), *rows(dz), *y.shape)
+        library.call(
+            "gate_backward", y.dtype, *tokens(y, y), *tokens(z, y), *tokens(grad, y), *written_tokens(dy, y),
+            *written_tokens(dz, y), *y.shape,
+        )  # fmt: skip
 
         convolved = layer.convolved()
         inputs = layer.scan_inputs(convolved)
@@ -160,7 +155,7 @@ class _Layer:
 
     @property
     def _wide(self) -> torch.dtype:
-        return torch.promote_types(self.zxbcdt.dtype, torch.float32)
+        return wide(self.zxbcdt.dtype)
 
     def _convolution(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         bias = None if self.bias is None else self.bias.to(self._wide).contiguous()
@@ -170,10 +165,11 @@ class _Layer:
     def convolved(self) -> Tensor:
         """x, B and C [batch, length, d_inner + 2 groups state]."""
         xbc = self.sizes.split(self.zxbcdt)[1]
-        out = empty_like_rows(xbc, xbc.shape[2])
+        out = empty_tokens(xbc)
         self.library.call(
-            "conv_forward", xbc.dtype, *rows(xbc), *self._convolution(), *rows(out), *xbc.shape, self.weight.shape[1]
-        )
+            "conv_forward", xbc.dtype, *tokens(xbc, xbc), *self._convolution(), *written_tokens(out, xbc), *xbc.shape,
+            self.weight.shape[1],
+        )  # fmt: skip
         return out
 
     def convolution_backward(self, xbc: Tensor, grad: Tensor, dxbc: Tensor) -> tuple[Tensor, Tensor]:
@@ -181,8 +177,8 @@ class _Layer:
         weight, bias, documents = self._convolution()
         dweight, dbias = torch.empty_like(weight), weight.new_empty(weight.shape[0])
         self.library.call(
-            "conv_backward", xbc.dtype, *rows(xbc), weight, bias, documents, *rows(grad), *rows(dxbc), dweight, dbias,
-            *xbc.shape, weight.shape[1],
+            "conv_backward", xbc.dtype, *tokens(xbc, xbc), weight, bias, documents, *tokens(grad, xbc),
+            *written_tokens(dxbc, xbc), dweight, dbias, *xbc.shape, weight.shape[1],
         )  # fmt: skip
         return dweight, dbias
 
@@ -194,8 +190,3 @@ class _Layer:
         """Of the scan."""
         x, b, c = self.sizes.split_convolved(convolved)
         return scan_inputs(x, F.softplus(self.steps_before_softplus()), self.a, b, c, self.d, self.seq_idx)
-
-
-def rows(t: Tensor) -> tuple[Tensor, int, int]:
-    """A tensor [batch, length, channels] with contiguous channels as the kernels take it: with its two strides."""
-    return t, t.stride(0), t.stride(1)

@@ -124,8 +124,8 @@ void norm_grad(Rows<const T> x, Rows<const T> z, const void* weight_, Rows<const
 
 extern "C" {
 
-// x, z (or null) and out [rows, channels] with row strides in elements and contiguous channels; weight [channels] in the
-// wide type; group, the channels that share one scale, divides channels.
+// x, z (or null) and out [rows, channels] with row strides in elements and contiguous channels; weight [channels] in
+// the wide type; group, the channels that share one scale, divides channels.
 void norm_forward(i64 dtype, const void* x, i64 x_row, const void* z, i64 z_row, const void* weight, void* out,
                   i64 out_row, i64 rows, i64 channels, i64 group, double eps, i64 threads) {
   DISPATCH(dtype, norm, {x, x_row}, {z, z_row}, weight, {out, out_row}, {rows, channels, group, eps}, threads);

@@ -38,28 +38,19 @@ struct Task {
   }
 };
 
-// Tiles of a thread, kept from call to call.
+// Hands out the tiles of a task. Their sizes are multiples of a cache line, since their rows are.
 template <class W>
 class Arena {
  public:
-  explicit Arena(i64 count) : used_(0) {
-    if (i64(memory().size()) < count + ALIGN) memory().resize(count + ALIGN);
-    base_ = reinterpret_cast<W*>((reinterpret_cast<std::uintptr_t>(memory().data()) + 63) / 64 * 64);
-  }
+  explicit Arena(i64 count) : next_(tile_memory<W>(count)) {}
   W* take(i64 count) {
-    W* tile = base_ + used_;
-    used_ += round_up(count, ALIGN);
+    W* tile = next_;
+    next_ += count;
     return tile;
   }
 
  private:
-  static constexpr i64 ALIGN = 64;
-  static std::vector<W>& memory() {
-    static thread_local std::vector<W> buffer;
-    return buffer;
-  }
-  W* base_;
-  i64 used_;
+  W* next_;
 };
 
 // tile[CHUNK, width] from rows of a tensor; what lies outside is zero.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nano_pretrain.kernels.native.layout import wide
 from nano_pretrain.kernels.native.library import Library
 
 TASKS = 8
@@ -63,14 +64,14 @@ def scan_inputs(
     x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor | None, seq_idx: Tensor | None
 ) -> ScanInputs:
     """Inputs brought into the form of `ScanInputs`, without a copy where they have it."""
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide_ = wide(x.dtype)
     return ScanInputs(
         rows_contiguous(x),
-        dt.to(wide).contiguous(),
-        a.to(wide).contiguous(),
+        dt.to(wide_).contiguous(),
+        a.to(wide_).contiguous(),
         rows_contiguous(b.to(x.dtype)),
         rows_contiguous(c.to(x.dtype)),
-        None if d is None else d.to(wide).contiguous(),
+        None if d is None else d.to(wide_).contiguous(),
         None if seq_idx is None else seq_idx.to(torch.int32).contiguous(),
     )
 
@@ -86,15 +87,15 @@ def scan_forward(
     library: Library, inputs: ScanInputs, initial: Tensor | None, y: Tensor, keep: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Fill y; the last state [batch, heads, channels, state], and the states that `scan_backward` needs."""
-    x, wide = inputs.x, inputs.dt.dtype
+    x, wide_ = inputs.x, inputs.dt.dtype
     batch, length, heads, channels = x.shape
     state = inputs.b.shape[3]
-    last = x.new_empty((batch, heads, channels, state), dtype=wide)
+    last = x.new_empty((batch, heads, channels, state), dtype=wide_)
     kept = None
     if keep:
         segments = library.integer("scan_segments", length)
         size = library.integer("scan_state_size", x.dtype, state, channels)
-        kept = x.new_empty((batch, segments, heads, size), dtype=wide)
+        kept = x.new_empty((batch, segments, heads, size), dtype=wide_)
     library.call(
         "scan_forward", x.dtype, inputs.shape(y), x, inputs.dt, inputs.a, inputs.b, inputs.c, inputs.d, initial,
         inputs.seq_idx, y, last, kept,
@@ -120,11 +121,11 @@ def scan_backward(
     """Fill dx, which has the strides of x; `dy` has rows as in `ScanInputs`. `initial` asks for its gradient."""
     x, b = inputs.x, inputs.b
     batch, _, heads, channels = x.shape
-    wide = inputs.dt.dtype
+    wide_ = inputs.dt.dtype
     ddt = torch.empty_like(inputs.dt)
-    da, dd = (x.new_empty((batch, heads), dtype=wide) for _ in range(2))
-    db, dc = (x.new_empty((inputs.blocks, *b.shape), dtype=wide) for _ in range(2))
-    dinitial = x.new_empty((batch, heads, channels, b.shape[3]), dtype=wide) if initial else None
+    da, dd = (x.new_empty((batch, heads), dtype=wide_) for _ in range(2))
+    db, dc = (x.new_empty((inputs.blocks, *b.shape), dtype=wide_) for _ in range(2))
+    dinitial = x.new_empty((batch, heads, channels, b.shape[3]), dtype=wide_) if initial else None
     library.call(
         "scan_backward", x.dtype, inputs.shape(dy), x, inputs.dt, inputs.a, b, inputs.c, inputs.d, inputs.seq_idx,
         kept, dy, dlast, dx, ddt, da, db, dc, dd, dinitial,

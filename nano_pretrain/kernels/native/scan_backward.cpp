@@ -85,7 +85,7 @@ class Backward {
   Backward(const Arguments<T>& arguments, const Task& task)
       : to(arguments), s(arguments.shape), at(task), n(padded<W>(s.state)), p(padded<W>(s.channels)),
         index(to.documents ? to.documents + at.sample * s.length : nullptr),
-        arena(10 * CHUNK * n + 4 * TILE + 11 * CHUNK * p + at.heads * (SEGMENT + 1) * (n * p + 64) + 4096) {
+        arena(9 * CHUNK * n + 4 * TILE + 8 * CHUNK * p + at.heads * (SEGMENT + 1) * n * p) {
     for (W** tile : {&b, &b_transposed, &c, &c_transposed, &db_transposed, &dc_transposed, &db, &dc, &head_transposed})
       *tile = arena.take(CHUNK * n);
     for (W** tile : {&scores, &dscores, &weights, &dweights}) *tile = arena.take(TILE);

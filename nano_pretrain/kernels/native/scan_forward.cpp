@@ -22,7 +22,7 @@ class Forward {
  public:
   Forward(const Arguments<T>& arguments, const Task& task)
       : to(arguments), s(arguments.shape), at(task), n(padded<W>(s.state)), p(padded<W>(s.channels)),
-        arena(2 * CHUNK * n + n * CHUNK + 2 * TILE + 3 * CHUNK * p + at.heads * (n * p + 64) + 1024) {
+        arena(3 * CHUNK * n + 2 * TILE + 3 * CHUNK * p + at.heads * n * p) {
     b = arena.take(CHUNK * n);
     c = arena.take(CHUNK * n);
     b_transposed = arena.take(n * CHUNK);
