@@ -8,6 +8,7 @@ and still fits megatron-core 0.16.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import logging
 import os
@@ -253,6 +254,17 @@ def tensors_as_cuda() -> Iterator[None]:
         torch.Tensor.type, torch.Tensor.cuda = original_type, original_cuda  # type: ignore[method-assign]
 
 
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed: it returns large blocks to the kernel, and every step would fault them in again."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)  # the largest that glibc takes
+        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+
+
 class CpuPlatform:
     """Gloo and portable kernels."""
 
@@ -269,6 +281,7 @@ class CpuPlatform:
         torch.set_flush_denormal(True)
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_ranks))
+        keep_freed_memory()
         use_onednn_for_fp32()
         self._kernels = choose_kernels(kernels)
         adapt_megatron()
@@ -279,7 +292,7 @@ class CpuPlatform:
         return self._kernels
 
     def layer_modules(self) -> LayerModules:
-        """megatron-core's tensor-parallel linears with separate norms, and attention through SDPA."""
+        """megatron-core's tensor-parallel linears with separate norms, and our attention."""
         from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
         from nano_pretrain.kernels.attention import CausalAttention
