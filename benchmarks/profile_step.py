@@ -36,6 +36,7 @@ LARGER = ModelConfig(
     mamba_num_groups=4,
     mamba_state_dim=128,
     vocab_size=8192,
+    init_std=0.02,
 )
 MODELS = {256: (MODEL, 4), 1024: (LARGER, 1)}
 """Model and micro-batch size by hidden size."""

@@ -38,6 +38,7 @@ from nano_pretrain.kernels.mamba import mamba_split_conv1d_scan_combined
 from nano_pretrain.kernels.native.library import choose_kernels
 from nano_pretrain.kernels.norm import gated_rms_norm
 from nano_pretrain.kernels.ssd import chunk_scan
+from nano_pretrain.platform.cpu import keep_freed_memory
 from nano_pretrain.platform.products import use_onednn_for_fp32
 
 HEADS, CHANNELS, GROUPS, STATE, WIDTH = 16, 64, 4, 128, 4
@@ -64,6 +65,7 @@ class Setting:
         """As the CPU platform does, without megatron-core; says which kernels are in use."""
         torch.set_flush_denormal(True)
         torch.set_num_threads(self.threads)
+        keep_freed_memory()
         use_onednn_for_fp32()
         return choose_kernels(self.kernels)
 

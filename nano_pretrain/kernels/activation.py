@@ -39,6 +39,17 @@ def silu_gate(y: Tensor, z: Tensor) -> Tensor:
     return out
 
 
+def native_silu_gate(library: Library, y: Tensor, z: Tensor, out: Tensor) -> None:
+    """`silu_gate` into `out`; no gradients."""
+    library.call("gate_forward", y.dtype, *tokens(y, y), *tokens(z, y), *written_tokens(out, y), *y.shape)
+
+
+def native_silu_gate_backward(library: Library, y: Tensor, z: Tensor, grad: Tensor, dy: Tensor, dz: Tensor) -> None:
+    """The gradients of `native_silu_gate` into `dy` and `dz`, which may be channels of a wider tensor."""
+    gradients = (*tokens(grad, y), *written_tokens(dy, y), *written_tokens(dz, y))
+    library.call("gate_backward", y.dtype, *tokens(y, y), *tokens(z, y), *gradients, *y.shape)
+
+
 class _NativeSquaredRelu(torch.autograd.Function):
     """Keeps only its input."""
 
@@ -68,7 +79,7 @@ class _NativeSiluGate(torch.autograd.Function):
         ctx.library = library
         ctx.save_for_backward(y, z)
         out = empty_tokens(y)
-        library.call("gate_forward", y.dtype, *tokens(y, y), *tokens(z, y), *written_tokens(out, y), *y.shape)
+        native_silu_gate(library, y, z, out)
         return out
 
     @staticmethod
@@ -76,6 +87,5 @@ class _NativeSiluGate(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         y, z = ctx.saved_tensors
         dy, dz = empty_tokens(y), empty_tokens(y)
-        gradients = (*tokens(grads[0], y), *written_tokens(dy, y), *written_tokens(dz, y))
-        ctx.library.call("gate_backward", y.dtype, *tokens(y, y), *tokens(z, y), *gradients, *y.shape)
+        native_silu_gate_backward(ctx.library, y, z, grads[0], dy, dz)
         return None, dy, dz

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nano_pretrain.kernels.conv import causal_conv_silu
+from nano_pretrain.kernels.mixer import Sizes, native_mixer
 from nano_pretrain.kernels.native.library import active
-from nano_pretrain.kernels.native.mixer import Sizes, native_mixer
 from nano_pretrain.kernels.norm import gated_rms_norm
 from nano_pretrain.kernels.ssd import chunk_scan, state_update
 

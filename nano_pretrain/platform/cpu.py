@@ -255,14 +255,14 @@ def tensors_as_cuda() -> Iterator[None]:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what is freed: it returns large blocks to the kernel, and every step would fault them in again."""
+    """Let glibc keep what is freed: it maps large blocks one by one, and every step would fault them in again."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
-        libc.mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)  # the largest that glibc takes
+        libc.mallopt(_M_MMAP_MAX, 0)
         libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
 
 class CpuPlatform:

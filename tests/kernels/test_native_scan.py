@@ -105,6 +105,23 @@ def test_nan_is_not_hidden() -> None:
     assert y[1].isfinite().all()
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"dt": torch.rand(2, 136, 4)},
+        {"a": torch.rand(3)},
+        {"b": torch.rand(2, 137, 3, 5)},
+        {"c": torch.rand(2, 137, 2, 6)},
+        {"d": torch.rand(5)},
+        {"initial_states": torch.rand(2, 4, 4, 6)},
+        {"seq_idx": torch.zeros(2, 136)},
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(change: Inputs) -> None:
+    with using("native"), pytest.raises((ValueError, RuntimeError)):
+        chunk_scan(**ScanCase().inputs() | change)
+
+
 MISTAKES = {
     "decay one token too long": (
         "scan.h",

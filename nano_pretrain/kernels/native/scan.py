@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nano_pretrain.kernels.native.layout import wide
+from nano_pretrain.kernels.native.layout import parameter, wide
 from nano_pretrain.kernels.native.library import Library
 
 TASKS = 8
@@ -63,16 +63,25 @@ class ScanInputs:
 def scan_inputs(
     x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor | None, seq_idx: Tensor | None
 ) -> ScanInputs:
-    """Inputs brought into the form of `ScanInputs`, without a copy where they have it."""
-    wide_ = wide(x.dtype)
+    """Inputs brought into the form of `ScanInputs`, without a copy where they have it.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit together: a kernel would read beyond them.
+    """
+    (batch, length, heads, _), groups = x.shape, b.shape[2]
+    if not b.shape == c.shape == (batch, length, groups, b.shape[3]) or groups == 0 or heads % groups:
+        raise ValueError(f"scan: x, B and C of shapes {[tuple(t.shape) for t in (x, b, c)]} do not fit together")
+    if dt.shape != (batch, length, heads) or a.shape != (heads,):
+        raise ValueError(f"scan: dt {tuple(dt.shape)} and A {tuple(a.shape)} do not fit x {tuple(x.shape)}")
+    steps, rates = (t.to(wide(x.dtype)).contiguous() for t in (dt, a))
     return ScanInputs(
         rows_contiguous(x),
-        dt.to(wide_).contiguous(),
-        a.to(wide_).contiguous(),
+        steps,
+        rates,
         rows_contiguous(b.to(x.dtype)),
         rows_contiguous(c.to(x.dtype)),
-        None if d is None else d.to(wide_).contiguous(),
-        None if seq_idx is None else seq_idx.to(torch.int32).contiguous(),
+        parameter(d, (heads,), wide(x.dtype)),
+        parameter(seq_idx, (batch, length), torch.int32),
     )
 
 
@@ -168,7 +177,7 @@ class _Scan(torch.autograd.Function):
         seq_idx: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         inputs = scan_inputs(x, dt, a, b, c, d, seq_idx)
-        initial_ = None if initial is None else initial.to(inputs.dt.dtype).contiguous()
+        initial_ = parameter(initial, (x.shape[0], *x.shape[2:], b.shape[3]), inputs.dt.dtype)
         y = torch.empty(x.shape, dtype=x.dtype)
         last, kept = scan_forward(library, inputs, initial_, y, keep=any(ctx.needs_input_grad))
         ctx.save_for_backward(x, dt, a, b, c, d, seq_idx, kept)
