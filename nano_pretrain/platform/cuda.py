@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from typing import Any
@@ -15,6 +17,13 @@ from nano_pretrain.recipe.errors import UserError
 
 PEAK_TFLOPS_BF16 = {"H100 80GB HBM3": 989.4, "H200": 989.4, "B200": 2250.0, "A100-SXM": 312.0}
 """Dense BF16 peak of one GPU in TFLOP/s, by a part of its name: the SXM rows of NVIDIA's data sheets."""
+
+
+GUARDS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
+    "mamba_split_conv1d_scan_combined": guard_split_scan,
+    "mamba_chunk_scan_combined": guard_chunk_scan,
+}
+"""mamba-ssm's scans as megatron-core's mixer calls them, and what keeps them within their 32 bits."""
 
 
 class CudaPlatform:
@@ -79,13 +88,8 @@ class CudaPlatform:
 
 def _guard_kernels() -> None:
     """Put mamba-ssm's scans behind their 32-bit limit, where megatron-core's mixer calls them."""
-    from megatron.core.ssm import mamba_mixer
-
-    names = mamba_mixer.__dict__
-    for name, guard in (
-        ("mamba_split_conv1d_scan_combined", guard_split_scan),
-        ("mamba_chunk_scan_combined", guard_chunk_scan),
-    ):
+    names = importlib.import_module("megatron.core.ssm.mamba_mixer").__dict__
+    for name, guard in GUARDS.items():
         if not hasattr(names[name], "__wrapped__"):
             names[name] = guard(names[name])
 

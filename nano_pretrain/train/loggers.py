@@ -51,6 +51,7 @@ class ProgressBar:
         self._began = (session.tokens, time.monotonic())
         where = f"step {session.step:,}, {session.tokens:,} of {self.total:,} tokens"
         print(f"{session.directory}: {'continuing at' if session.step else 'starting at'} {where}", flush=True)
+        print(f"kernels: {session.platform.kernels()}", flush=True)
         if sys.stdout.isatty():
             columns = (
                 TextColumn("{task.description}"),

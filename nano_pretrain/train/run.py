@@ -88,8 +88,6 @@ def _report(directory: Path) -> Path:
 def _train(recipe: Recipe, directory: Path, ranks: Ranks, request: StopRequest, ending: ExitFile) -> tuple[int, str]:
     platform = current_platform()
     device = platform.prepare(ranks.local_rank, recipe.cluster.threads_per_rank, recipe.cluster.cpu_kernels)
-    if ranks.is_first:
-        print(f"kernels: {platform.kernels()}", flush=True)
     corpus = open_corpus(Path(recipe.data.path))
     curriculum = Curriculum(recipe, {name: stream.tokens for name, stream in corpus.train.items()})
     done = newest_tokens(directory) or 0

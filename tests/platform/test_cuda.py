@@ -1,9 +1,11 @@
 """What can be said about the CUDA platform without a GPU: what it imports exists in the installed megatron-core."""
 
+import ast
+
 import pytest
 import torch
 
-from nano_pretrain.platform.cuda import CudaPlatform, _without_documents
+from nano_pretrain.platform.cuda import GUARDS, CudaPlatform, _without_documents
 from nano_pretrain.recipe.errors import UserError
 from tests.platform.sources import PRODUCT, bound_names, megatron_imports, megatron_source
 
@@ -13,6 +15,12 @@ def test_the_names_it_imports_exist() -> None:
     assert imports
     for module, name in imports:
         assert name in bound_names(megatron_source(module)), f"{module}.{name}"
+
+
+def test_the_mixer_calls_what_is_guarded() -> None:
+    mixer = megatron_source("megatron.core.ssm.mamba_mixer")
+    called = {n.func.id for n in ast.walk(mixer) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
+    assert set(GUARDS) <= called
 
 
 @pytest.mark.parametrize(
