@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import os
@@ -37,13 +38,13 @@ def build() -> Path:
     command = [*compiler, *_flags()]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nano_pretrain"
     target = cache / f"kernels-{_fingerprint(command)}.so"
-    if target.is_file():
+    if _is_whole(target):
         return target
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with (cache / "build.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not target.is_file():
+            if not _is_whole(target):
                 print("compiling the CPU kernels, once for this machine (about half a minute)", file=sys.stderr)
                 _compile(command, target)
     except OSError as error:
@@ -53,11 +54,14 @@ def build() -> Path:
 
 def _compiler() -> list[str]:
     """GCC, because its OpenMP runtime is the one that torch has loaded; two of them would fight for the cores."""
-    candidates = [shlex.split(os.environ["CXX"])] if os.environ.get("CXX") else [["g++"], ["c++"]]
-    for candidate in candidates:
-        if shutil.which(candidate[0]) and "Free Software Foundation" in _output([*candidate, "--version"]):
-            return candidate
-    raise BuildError(f"no GCC found as {' or '.join(shlex.join(c) for c in candidates)}; install g++")
+    names = [os.environ["CXX"]] if os.environ.get("CXX", "").strip() else ["g++", "c++"]
+    for name in names:
+        with contextlib.suppress(ValueError):  # quotes that do not match
+            candidate = shlex.split(name)
+            macros = _output([*candidate, "-dM", "-E", "-x", "c++", os.devnull]) if shutil.which(candidate[0]) else ""
+            if "__GNUC__" in macros and "__clang__" not in macros:
+                return candidate
+    raise BuildError(f"no GCC found as {' or '.join(names)}; install g++")
 
 
 def _flags() -> list[str]:
@@ -94,7 +98,22 @@ def _compile(command: list[str], target: Path) -> None:
             list(pool.map(_run, jobs))
         library = Path(scratch, "kernels.so")
         _run([*command, "-shared", *map(str, objects), "-o", str(library)])
+        _digest_file(target).write_text(_digest(library))
         library.rename(target)
+
+
+def _is_whole(target: Path) -> bool:
+    """Whether the library is there as it was compiled: loading one that was cut short ends the process."""
+    digest = _digest_file(target)
+    return target.is_file() and digest.is_file() and digest.read_text() == _digest(target)
+
+
+def _digest_file(target: Path) -> Path:
+    return target.with_suffix(".sha256")
+
+
+def _digest(library: Path) -> str:
+    return hashlib.sha256(library.read_bytes()).hexdigest()
 
 
 def _run(command: list[str]) -> None:

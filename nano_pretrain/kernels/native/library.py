@@ -72,8 +72,15 @@ def use_native() -> None:
     """
     global _loaded, _in_use  # noqa: PLW0603 - one library a process
     if _loaded is None:
-        _loaded = Library(build())
+        _loaded = _load()
     _in_use = True
+
+
+def _load() -> Library:
+    try:
+        return Library(build())
+    except OSError as error:
+        raise BuildError(f"the compiled library cannot be loaded: {error}") from error
 
 
 def use_plain() -> None:
