@@ -8,15 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nano_pretrain.kernels.activation import silu_gate
 from nano_pretrain.kernels.conv import causal_conv_silu
 from nano_pretrain.kernels.mixer import Sizes, native_mixer
+from nano_pretrain.kernels.native.layout import wide
 from nano_pretrain.kernels.native.library import active
 from nano_pretrain.kernels.norm import gated_rms_norm
 from nano_pretrain.kernels.ssd import chunk_scan, state_update
 
 
 def _step_size(dt: Tensor, bias: Tensor | None, softplus: bool) -> Tensor:
-    dt = dt.to(torch.promote_types(dt.dtype, torch.float32))
+    dt = dt.to(wide(dt.dtype))
     if bias is not None:
         dt = dt + bias
     return F.softplus(dt) if softplus else dt
@@ -68,7 +70,7 @@ def mamba_chunk_scan_combined(
         raise ValueError("the portable scan has no states per request of different length (cu_seqlens)")
     y, final = chunk_scan(x, _step_size(dt, dt_bias, dt_softplus), A, B, C, D, initial_states, seq_idx)
     if z is not None:
-        y = (y * F.silu(z)).to(x.dtype)
+        y = silu_gate(y.flatten(2), z.flatten(2)).view_as(y)
     return (y, final) if return_final_states else y
 
 
@@ -129,7 +131,7 @@ def mamba_split_conv1d_scan_combined(
         D,
         seq_idx=seq_idx,
     )
-    return y.flatten(2) * F.silu(z)
+    return silu_gate(y.flatten(2), z)
 
 
 def selective_state_update(
@@ -170,7 +172,7 @@ def selective_state_update(
     """
     if state_batch_indices is not None:
         raise ValueError("the portable state update has no state_batch_indices")
-    bias = None if dt_bias is None else dt_bias[:, 0].to(torch.promote_types(dt_bias.dtype, torch.float32))
+    bias = None if dt_bias is None else dt_bias[:, 0].to(wide(dt_bias.dtype))
     step = _step_size(dt[..., 0], bias, dt_softplus)
     y = state_update(state, x, step, A[:, 0, 0], B, C, None if D is None else D[:, 0])
     return y if z is None else (y * F.silu(z)).to(x.dtype)

@@ -79,7 +79,7 @@ def native_mixer(
     Returns:
         gated output before the norm [batch, length, d_inner], in memory in the order of zxbcdt.
     """
-    out: Tensor = _Mixer.apply(library, sizes, zxbcdt, weight, bias, dt_bias, a, d, seq_idx)  # type: ignore[no-untyped-call]
+    out: Tensor = _Mixer.apply(library, torch.is_grad_enabled(), sizes, zxbcdt, weight, bias, dt_bias, a, d, seq_idx)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -88,6 +88,7 @@ class _Mixer(torch.autograd.Function):
     def forward(
         ctx: Any,
         library: Library,
+        differentiable: bool,
         sizes: Sizes,
         zxbcdt: Tensor,
         weight: Tensor,
@@ -102,7 +103,7 @@ class _Mixer(torch.autograd.Function):
         native_conv_silu(library, xbc, weight, bias, seq_idx, convolved)
         step = F.softplus(_before_softplus(dt, dt_bias))
         inputs = sizes.scan_inputs(convolved, step, a, d, seq_idx)
-        _, kept = scan_forward(library, inputs, None, y, keep=any(ctx.needs_input_grad))
+        _, kept = scan_forward(library, inputs, None, y, keep=differentiable and any(ctx.needs_input_grad))
         out = torch.empty_like(y)
         native_silu_gate(library, y, z, out)
         ctx.save_for_backward(zxbcdt, weight, bias, dt_bias, a, d, seq_idx, y, kept)
@@ -130,7 +131,7 @@ class _Mixer(torch.autograd.Function):
         dstep = found.dt * before_softplus.sigmoid()
         ddt.copy_(dstep)
         ddt_bias = dstep.sum((0, 1)).to(dt_bias.dtype)
-        return None, None, dzxbcdt, dweight, dbias, ddt_bias, found.a.to(a.dtype), found.d.to(d.dtype), None
+        return None, None, None, dzxbcdt, dweight, dbias, ddt_bias, found.a.to(a.dtype), found.d.to(d.dtype), None
 
 
 def _before_softplus(dt: Tensor, dt_bias: Tensor) -> Tensor:

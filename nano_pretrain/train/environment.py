@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
-import platform
+import platform as python_platform
 import socket
 import subprocess
 import sys
@@ -14,7 +15,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from nano_pretrain.parallel.groups import Ranks
 from nano_pretrain.plan.params import count_parameters
+from nano_pretrain.platform import Platform
+from nano_pretrain.recipe.errors import UserError
 from nano_pretrain.train.session import Session
 
 PACKAGES = (
@@ -30,7 +34,7 @@ def environment(session: Session) -> dict[str, Any]:
     installed = {d.metadata["Name"].lower(): d.version for d in distributions() if d.metadata["Name"]}
     return {
         "platform": session.platform.name,
-        "python": platform.python_version(),
+        "python": python_platform.python_version(),
         "packages": {name: installed[name] for name in PACKAGES if name in installed},
         "commit": _commit(),
         "hosts": sorted(set(hosts)),
@@ -42,6 +46,31 @@ def environment(session: Session) -> dict[str, Any]:
         "parameters": count_parameters(session.recipe.model).total,
         "command": sys.argv,
     }
+
+
+def check_same_kernels(platform: Platform, ranks: Ranks) -> None:
+    """Every rank must call it.
+
+    Raises:
+        UserError: the ranks do not compute with the same kernels, because some could not be compiled.
+    """
+    found: list[str] = [""] * ranks.world_size
+    dist.all_gather_object(found, platform.kernels())
+    other = next((rank for rank, kernels in enumerate(found) if kernels != found[0]), None)
+    if other is not None:
+        raise UserError(
+            f"cluster.cpu_kernels: rank 0 has {found[0]}, rank {other} has {found[other]}; mend it, or write "
+            "cluster.cpu_kernels=plain"
+        )
+
+
+def recorded_kernels(directory: Path) -> str | None:
+    """What an earlier start of the run wrote into environment.json; None if there was none."""
+    try:
+        kernels = json.loads((directory / "environment.json").read_text())["kernels"]
+    except (OSError, ValueError, KeyError):
+        return None
+    return str(kernels)
 
 
 def _commit() -> str | None:
@@ -56,5 +85,7 @@ def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+        return python_platform.processor()
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), python_platform.machine()
+    )

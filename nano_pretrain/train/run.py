@@ -27,7 +27,7 @@ from nano_pretrain.recipe.load import to_yaml
 from nano_pretrain.recipe.schema import ParallelConfig, Recipe
 from nano_pretrain.train.callbacks import Checkpoints, Metrics, Validation
 from nano_pretrain.train.directory import full_disk_is_the_users_to_mend, only_trainer, truncate_streams
-from nano_pretrain.train.environment import environment
+from nano_pretrain.train.environment import check_same_kernels, environment, recorded_kernels
 from nano_pretrain.train.exit_file import ExitFile
 from nano_pretrain.train.loggers import ProgressBar, TensorBoard, Wandb
 from nano_pretrain.train.loop import run_loop
@@ -94,6 +94,7 @@ def _train(recipe: Recipe, directory: Path, ranks: Ranks, request: StopRequest, 
     stage = curriculum.stage_at(min(done, curriculum.total_tokens - 1))
     layout = stage_layout(recipe, stage.config)
     with process_groups(platform, ranks, layout, recipe.cluster.timeout_seconds):
+        check_same_kernels(platform, ranks)
         trainable = _build(recipe, platform, layout=layout, length=stage.sequence_length)
         session = Session(recipe, directory, ranks, platform, corpus, curriculum, layout, trainable)
         ending.session = session
@@ -133,6 +134,9 @@ def _resume(session: Session) -> None:
         session.tokens, session.step = manifest.tokens, manifest.step
     description = environment(session)
     if session.ranks.is_first:
+        before, now = recorded_kernels(session.directory), session.platform.kernels()
+        if manifest is not None and before not in (None, now):
+            print(f"{session.directory}: so far with kernels: {before}; losses now differ by rounding", flush=True)
         truncate_streams(session.directory, session.tokens if manifest else -1)
         write_json(session.directory / "ledger.json", ledger(session.curriculum, session.tokens))
         write_whole(session.directory / "recipe.yaml", to_yaml(session.recipe))

@@ -60,11 +60,11 @@ def test_no_compiler(small: Path, word: str, monkeypatch: pytest.MonkeyPatch) ->
     assert library.in_use() == "plain"
 
 
-@pytest.mark.parametrize("compiler", ["/bin/true", "no-such-program", "'unbalanced", ""])
+@pytest.mark.parametrize("compiler", ["/bin/true", "no-such-program", "'unbalanced", "", " "])
 def test_a_compiler_that_is_none(small: Path, compiler: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", compiler)
-    if compiler:
-        with pytest.raises(BuildError, match="GCC"):
+    if compiler.strip():
+        with pytest.raises(BuildError, match="is not GCC; unset it"):
             build.build()
     else:
         assert build.build().is_file()
@@ -81,6 +81,22 @@ def test_no_place_for_the_library(small: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/none")
     with pytest.raises(BuildError, match="/proc/none"):
         build.build()
+
+
+def test_no_home(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", nowhere)
+    with pytest.raises(BuildError, match="home directory"):
+        build.build()
+
+
+def test_what_a_killed_compiler_left_is_removed(small: Path) -> None:
+    (small / ".build-abandoned").mkdir(parents=True)
+    build.build()
+    assert not list(small.glob(".build-*"))
 
 
 def test_a_damaged_library_is_compiled_again(small: Path) -> None:

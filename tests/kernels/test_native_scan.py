@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from nano_pretrain.kernels import mixer
 from nano_pretrain.kernels.mamba import mamba_split_conv1d_scan_combined
+from nano_pretrain.kernels.native import scan
 from nano_pretrain.kernels.ssd import chunk_scan
 from tests.kernels.broken_sources import broken_kernels
 from tests.kernels.compare import Inputs, assert_close, random_tensor, values_and_gradients
@@ -89,10 +92,63 @@ def test_a_layer_keeps_two_tensors_of_its_length() -> None:
     assert len(kept - parameters) <= 3
 
 
-def test_a_layer_that_is_not_differentiated_keeps_nothing() -> None:
-    inputs = {name: value.float() for name, value in layer_inputs(100, 1).items()}
-    with using("native"), torch.no_grad():
-        assert kept_by_autograd(lambda: layer(**inputs)) == set()
+def test_states_are_kept_only_where_gradients_are_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = []
+
+    def forward(library: Any, inputs: Any, initial: None, y: Tensor, keep: bool) -> Any:
+        kept.append(keep)
+        return scan.scan_forward(library, inputs, initial, y, keep)
+
+    monkeypatch.setattr(mixer, "scan_forward", forward)
+    inputs = {name: value.float().requires_grad_() for name, value in layer_inputs(100, 1).items()}
+    with using("native"):
+        layer(**inputs)
+        with torch.no_grad():
+            layer(**inputs)
+        layer(**{name: value.detach() for name, value in inputs.items()})
+    assert kept == [True, False, False]
+
+
+@pytest.mark.parametrize("dimension", [0, 1])
+def test_an_expanded_input_has_gradients_of_its_own(dimension: int) -> None:
+    case = ScanCase()
+    inputs, gradients = case.inputs(), case.output_gradients()
+    inputs["x"] = inputs["x"].narrow(dimension, 0, 1)
+
+    def expanded(x: Tensor, **others: Tensor) -> tuple[Tensor, Tensor]:
+        shape = list(x.shape)
+        shape[dimension] = others["dt"].shape[dimension]
+        return chunk_scan(x.expand(shape), **others)
+
+    with using("plain"):
+        expected = values_and_gradients(expanded, inputs, gradients)
+    with using("native"):
+        actual = values_and_gradients(expanded, inputs, gradients)
+    assert_close(actual, expected, 1e-12)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        ScanCase(batch=1, length=150, groups=2, heads_per_group=16, channels=80, state=65),
+        ScanCase(batch=3, length=70, groups=1, heads_per_group=11, channels=17, state=33),
+        ScanCase(batch=2, length=65, groups=8, heads_per_group=1, channels=33, state=128),
+    ],
+)
+def test_tiles_of_several_vectors_and_tasks_of_several_heads(case: ScanCase) -> None:
+    inputs, gradients = case.inputs(), case.output_gradients()
+    expected = values_and_gradients(sequential_scan, inputs, gradients)
+    with using("native"):
+        assert_close(values_and_gradients(chunk_scan, inputs, gradients), expected, 1e-12)
+
+
+def test_growth_is_computed_as_decay_is() -> None:
+    case = ScanCase(length=100, documents=False)
+    inputs, gradients = case.inputs(), case.output_gradients()
+    inputs["a"] = inputs["a"] * torch.tensor([-0.05, 1, -0.02, 1])
+    expected = values_and_gradients(sequential_scan, inputs, gradients)
+    with using("native"):
+        assert_close(values_and_gradients(chunk_scan, inputs, gradients), expected, 1e-12)
 
 
 def test_nan_is_not_hidden() -> None:
@@ -115,6 +171,7 @@ def test_nan_is_not_hidden() -> None:
         {"d": torch.rand(5)},
         {"initial_states": torch.rand(2, 4, 4, 6)},
         {"seq_idx": torch.zeros(2, 136)},
+        {"b": torch.rand(2, 137, 2, 5)},  # float32 beside float64
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(change: Inputs) -> None:
@@ -125,8 +182,8 @@ def test_shapes_that_do_not_fit_are_refused(change: Inputs) -> None:
 MISTAKES = {
     "decay one token too long": (
         "scan.h",
-        "std::min(sum[q] - sum[k], W(0))",
-        "std::min(sum[q] - sum[k] - dt[k], W(0))",
+        "W value = exponential(sum[q] - sum[k])",
+        "W value = exponential(sum[q] - sum[k] - dt[k])",
     ),
     "decay between strips": (
         "scan.h",

@@ -47,6 +47,7 @@ def test_directory_holds_what_the_design_names(undisturbed: Undisturbed, small: 
     assert yaml.safe_load((run / "recipe.yaml").read_text())["run"]["name"] == "undisturbed"
     environment = json.loads((run / "environment.json").read_text())
     assert environment["packages"]["megatron-core"].startswith("0.16.")
+    assert environment["kernels"] == "native"
     assert environment["layout"]["world"] == environment["layout"]["data"] == 2
     assert exit_json(run) == {**exit_json(run), "code": 0, "reason": "finished", "step": STEPS, "tokens": TOKENS}
     assert (run / "report" / "index.html").stat().st_size > 10_000

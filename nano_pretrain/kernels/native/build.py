@@ -36,18 +36,20 @@ def build() -> Path:
     """
     compiler = _compiler()
     command = [*compiler, *_flags()]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nano_pretrain"
-    target = cache / f"kernels-{_fingerprint(command)}.so"
-    if _is_whole(target):
-        return target
     try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nano_pretrain"
+        target = cache / f"kernels-{_fingerprint(command)}.so"
+        if _is_whole(target):
+            return target
         cache.mkdir(parents=True, exist_ok=True)
         with (cache / "build.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not _is_whole(target):
-                print("compiling the CPU kernels, once for this machine (about half a minute)", file=sys.stderr)
+                print("compiling the CPU kernels, once for this machine (some ten seconds)", file=sys.stderr)
+                for abandoned in cache.glob(".build-*"):
+                    shutil.rmtree(abandoned, ignore_errors=True)
                 _compile(command, target)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: a user without a home
         raise BuildError(f"{error}") from error
     return target
 
@@ -61,7 +63,9 @@ def _compiler() -> list[str]:
             macros = _output([*candidate, "-dM", "-E", "-x", "c++", os.devnull]) if shutil.which(candidate[0]) else ""
             if "__GNUC__" in macros and "__clang__" not in macros:
                 return candidate
-    raise BuildError(f"no GCC found as {' or '.join(names)}; install g++")
+    if names != ["g++", "c++"]:
+        raise BuildError(f"CXX={names[0]} is not GCC; unset it, or let it name g++")
+    raise BuildError("no GCC found as g++ or c++; install g++")
 
 
 def _flags() -> list[str]:
@@ -99,6 +103,8 @@ def _compile(command: list[str], target: Path) -> None:
         library = Path(scratch, "kernels.so")
         _run([*command, "-shared", *map(str, objects), "-o", str(library)])
         _digest_file(target).write_text(_digest(library))
+        with library.open("rb") as file:
+            os.fsync(file.fileno())
         library.rename(target)
 
 

@@ -4,6 +4,7 @@
 // a vector; there are no tails.
 #pragma once
 
+#include <type_traits>
 #include <utility>
 
 #include "common.h"
@@ -80,12 +81,22 @@ inline void gemm(i64 m, i64 n, i64 k, const W* a, i64 a_row, i64 a_column, const
 
 namespace transposing {
 
-// Lane `lane` of the two results of exchanging the off-diagonal blocks of size `step` of two rows.
+// Numbers of lanes, as `__builtin_shuffle` takes them.
+template <class W>
+struct lanes_of {
+  using number = std::conditional_t<sizeof(W) == 4, std::int32_t, std::int64_t>;
+  typedef number type __attribute__((vector_size(VECTOR_BYTES)));
+};
+
+// Exchanges the off-diagonal blocks of size STEP of two rows.
 template <class W, int STEP, std::size_t... LANE>
 inline void exchange(vector<W>& upper, vector<W>& lower, std::index_sequence<LANE...>) {
   constexpr int L = int(LANES<W>);
-  auto first = __builtin_shufflevector(upper, lower, ((LANE & STEP) ? int(LANE) - STEP + L : int(LANE))...);
-  lower = __builtin_shufflevector(upper, lower, ((LANE & STEP) ? int(LANE) + L : int(LANE) + STEP)...);
+  using Lanes = typename lanes_of<W>::type;
+  const Lanes from_upper = {((LANE & STEP) ? int(LANE) - STEP + L : int(LANE))...};
+  const Lanes from_lower = {((LANE & STEP) ? int(LANE) + L : int(LANE) + STEP)...};
+  vector<W> first = __builtin_shuffle(upper, lower, from_upper);
+  lower = __builtin_shuffle(upper, lower, from_lower);
   upper = first;
 }
 

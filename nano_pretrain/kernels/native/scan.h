@@ -16,7 +16,7 @@ constexpr i64 TILE = CHUNK * CHUNK;
 // Sizes, and strides of batch and token in elements; everything else is contiguous. The order is that of scan.py.
 struct Shape {
   i64 batch, length, heads, groups, channels, state, heads_per_block;
-  i64 x_batch, x_token, b_batch, b_token, c_batch, c_token, y_batch, y_token;
+  i64 x_batch, x_token, b_batch, b_token, c_batch, c_token, y_batch, y_token, dx_batch, dx_token;
 
   i64 heads_per_group() const { return heads / groups; }
   i64 blocks() const { return (heads_per_group() + heads_per_block - 1) / heads_per_block; }
@@ -95,14 +95,14 @@ struct Decay {
   W keep;               // of the state over the whole chunk
 
   void prepare(const W* steps, i64 stride, i64 tokens, W rate, const Documents& documents) {
-    W total = 0;
+    double total = 0;
     for (i64 q = 0; q < CHUNK; q++) {
       dt[q] = q < tokens ? steps[q * stride] : W(0);
-      total += dt[q] * rate;
-      sum[q] = total;
+      total += double(dt[q]) * rate;
+      sum[q] = W(total);
     }
     for (i64 q = 0; q < CHUNK; q++) from_start[q] = exponential(sum[q]);
-    for (i64 q = 0; q < CHUNK; q++) to_end[q] = exponential(total - sum[q]);
+    for (i64 q = 0; q < CHUNK; q++) to_end[q] = exponential(sum[CHUNK - 1] - sum[q]);
     keep = documents.sees_state(CHUNK - 1) ? from_start[CHUNK - 1] : W(0);
     for (i64 q = 0; q < CHUNK; q++) from_start[q] = documents.sees_state(q) ? from_start[q] : W(0);
     for (i64 k = 0; k < documents.last(); k++) to_end[k] = 0;
@@ -119,7 +119,7 @@ struct Decay {
         W factor = exponential(sum[q] - sum[strip]);
         for (i64 k = 0; k < strip; k++) row[k] = factor * column[k];
         for (i64 k = strip; k < strip + STRIP; k++) {
-          W value = exponential(std::min(sum[q] - sum[k], W(0)));
+          W value = exponential(sum[q] - sum[k]);
           row[k] = k <= q ? value : W(0);
         }
         for (i64 k = 0; k < documents.first[q]; k++) row[k] = 0;

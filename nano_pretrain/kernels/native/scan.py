@@ -52,12 +52,12 @@ class ScanInputs:
         """Tasks of a group."""
         return -(-self.x.shape[2] // self.b.shape[2] // self.heads_per_task)
 
-    def shape(self, y: Tensor) -> ctypes.Array[ctypes.c_int64]:
-        """scan::Shape."""
+    def shape(self, y: Tensor, dx: Tensor) -> ctypes.Array[ctypes.c_int64]:
+        """scan::Shape; `y` and `dx` are of the shape of x, `dx` is used in the backward pass only."""
         batch, length, heads, channels = self.x.shape
-        strides = (t.stride(i) for t in (self.x, self.b, self.c, y) for i in (0, 1))
+        strides = (t.stride(i) for t in (self.x, self.b, self.c, y, dx) for i in (0, 1))
         groups, state = self.b.shape[2:]
-        return (ctypes.c_int64 * 15)(batch, length, heads, groups, channels, state, self.heads_per_task, *strides)
+        return (ctypes.c_int64 * 17)(batch, length, heads, groups, channels, state, self.heads_per_task, *strides)
 
 
 def scan_inputs(
@@ -71,6 +71,8 @@ def scan_inputs(
     (batch, length, heads, _), groups = x.shape, b.shape[2]
     if not b.shape == c.shape == (batch, length, groups, b.shape[3]) or groups == 0 or heads % groups:
         raise ValueError(f"scan: x, B and C of shapes {[tuple(t.shape) for t in (x, b, c)]} do not fit together")
+    if not x.dtype == b.dtype == c.dtype:
+        raise ValueError(f"scan: x, B and C are {x.dtype}, {b.dtype}, {c.dtype}")
     if dt.shape != (batch, length, heads) or a.shape != (heads,):
         raise ValueError(f"scan: dt {tuple(dt.shape)} and A {tuple(a.shape)} do not fit x {tuple(x.shape)}")
     steps, rates = (t.to(wide(x.dtype)).contiguous() for t in (dt, a))
@@ -78,8 +80,8 @@ def scan_inputs(
         rows_contiguous(x),
         steps,
         rates,
-        rows_contiguous(b.to(x.dtype)),
-        rows_contiguous(c.to(x.dtype)),
+        rows_contiguous(b),
+        rows_contiguous(c),
         parameter(d, (heads,), wide(x.dtype)),
         parameter(seq_idx, (batch, length), torch.int32),
     )
@@ -106,7 +108,7 @@ def scan_forward(
         size = library.integer("scan_state_size", x.dtype, state, channels)
         kept = x.new_empty((batch, segments, heads, size), dtype=wide_)
     library.call(
-        "scan_forward", x.dtype, inputs.shape(y), x, inputs.dt, inputs.a, inputs.b, inputs.c, inputs.d, initial,
+        "scan_forward", x.dtype, inputs.shape(y, y), x, inputs.dt, inputs.a, inputs.b, inputs.c, inputs.d, initial,
         inputs.seq_idx, y, last, kept,
     )  # fmt: skip
     return last, kept
@@ -127,7 +129,7 @@ class ScanGradients:
 def scan_backward(
     library: Library, inputs: ScanInputs, kept: Tensor, dy: Tensor, dlast: Tensor | None, dx: Tensor, initial: bool
 ) -> ScanGradients:
-    """Fill dx, which has the strides of x; `dy` has rows as in `ScanInputs`. `initial` asks for its gradient."""
+    """Fill dx; `dy` and `dx` have rows as x in `ScanInputs`. `initial` asks for its gradient."""
     x, b = inputs.x, inputs.b
     batch, _, heads, channels = x.shape
     wide_ = inputs.dt.dtype
@@ -136,7 +138,7 @@ def scan_backward(
     db, dc = (x.new_empty((inputs.blocks, *b.shape), dtype=wide_) for _ in range(2))
     dinitial = x.new_empty((batch, heads, channels, b.shape[3]), dtype=wide_) if initial else None
     library.call(
-        "scan_backward", x.dtype, inputs.shape(dy), x, inputs.dt, inputs.a, b, inputs.c, inputs.d, inputs.seq_idx,
+        "scan_backward", x.dtype, inputs.shape(dy, dx), x, inputs.dt, inputs.a, b, inputs.c, inputs.d, inputs.seq_idx,
         kept, dy, dlast, dx, ddt, da, db, dc, dd, dinitial,
     )  # fmt: skip
     return ScanGradients(ddt, da.sum(0), _sum_blocks(db), _sum_blocks(dc), dd.sum(0), dinitial)
@@ -158,7 +160,10 @@ def native_scan(
     seq_idx: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """`chunk_scan` with the native kernels; keeps its inputs and one state in 1,024 tokens for the backward pass."""
-    found: tuple[Tensor, Tensor] = _Scan.apply(library, x, dt, a, b, c, d, initial_states, seq_idx)  # type: ignore[no-untyped-call]
+    differentiable = torch.is_grad_enabled()  # inside a Function it is always off
+    found: tuple[Tensor, Tensor] = _Scan.apply(  # type: ignore[no-untyped-call]
+        library, differentiable, x, dt, a, b, c, d, initial_states, seq_idx
+    )
     return found
 
 
@@ -167,6 +172,7 @@ class _Scan(torch.autograd.Function):
     def forward(
         ctx: Any,
         library: Library,
+        differentiable: bool,
         x: Tensor,
         dt: Tensor,
         a: Tensor,
@@ -179,7 +185,7 @@ class _Scan(torch.autograd.Function):
         inputs = scan_inputs(x, dt, a, b, c, d, seq_idx)
         initial_ = parameter(initial, (x.shape[0], *x.shape[2:], b.shape[3]), inputs.dt.dtype)
         y = torch.empty(x.shape, dtype=x.dtype)
-        last, kept = scan_forward(library, inputs, initial_, y, keep=any(ctx.needs_input_grad))
+        last, kept = scan_forward(library, inputs, initial_, y, keep=differentiable and any(ctx.needs_input_grad))
         ctx.save_for_backward(x, dt, a, b, c, d, seq_idx, kept)
         ctx.library, ctx.initial = library, None if initial is None else initial.dtype
         return y, last
@@ -189,11 +195,12 @@ class _Scan(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, dlast: Tensor) -> Any:
         x, dt, a, b, c, d, seq_idx, kept = ctx.saved_tensors
         inputs = scan_inputs(x, dt, a, b, c, d, seq_idx)
-        dx = torch.empty_strided(x.shape, inputs.x.stride(), dtype=x.dtype)
+        dx = torch.empty(x.shape, dtype=x.dtype)
         found = scan_backward(
             ctx.library, inputs, kept, rows_contiguous(dy), dlast.contiguous(), dx, ctx.initial is not None
         )
         return (
+            None,
             None,
             dx,
             found.dt.to(dt.dtype),

@@ -196,7 +196,7 @@ class Backward {
     }
     dsum[CHUNK - 1] += dtotal;
     store(dx, p, tokens, s.channels,
-          to.dx + at.sample * s.x_batch + begin * s.x_token + head * s.channels, s.x_token);
+          to.dx + at.sample * s.dx_batch + begin * s.dx_token + head * s.channels, s.dx_token);
     // sum_q = a (dt_0 + ... + dt_q): from the last token back.
     W* out = to.ddt + (at.sample * s.length + begin) * s.heads + head;
     W later = 0;
@@ -289,7 +289,7 @@ void backward(const void* shape, const void* x, const void* dt, const void* a, c
 
 extern "C" {
 
-// As scan_forward; dy has the strides of y, dx those of x. ddt [batch, length, heads], da, dd [batch, heads], dinitial
+// As scan_forward; dy has the strides of y. ddt [batch, length, heads], da, dd [batch, heads], dinitial
 // [batch, heads, channels, state]: wide; db, dc [blocks, batch, length, groups, state]: wide, to be summed over the
 // blocks of heads. d, documents, dlast and dinitial may be null.
 void scan_backward(i64 dtype, const void* shape, const void* x, const void* dt, const void* a, const void* b,
