@@ -41,6 +41,8 @@ check: $(READY)
 bench: $(READY)
 	$(BIN)/python -m benchmarks.step --precision fp32
 	$(BIN)/python -m benchmarks.step --precision bf16
+	$(BIN)/python -m benchmarks.profile_step
+	$(BIN)/python -m benchmarks.scan
 
 bench-gpu: $(READY)
 	$(BIN)/python -m benchmarks.step --precision bf16

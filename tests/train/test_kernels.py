@@ -1,4 +1,4 @@
-"""Runs on either implementation of the kernels: exact resume on both, a warning where a run changes from one to the other."""
+"""Runs on either implementation of the kernels: exact resume, and what is said where a run changes between them."""
 
 from __future__ import annotations
 
