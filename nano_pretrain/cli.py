@@ -5,15 +5,17 @@ from __future__ import annotations
 import gc
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
-from nano_pretrain.recipe.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR, RunError, UserError
+from nano_pretrain.recipe.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR, RecipeError, RunError, UserError
 
 if TYPE_CHECKING:
     from nano_pretrain.recipe.schema import Recipe
 
 VERBS = {
+    "plan": "what a recipe means: parameters, FLOPs, memory, time, cost, data; plan.search=true looks for layouts",
     "prepare": "corpus to tokenised shards, with a report of what was kept and dropped, and why",
     "train": "the run on the ranks it is started on (alone: one rank); continues from the newest whole checkpoint",
     "launch": "start the run's ranks on this machine and wait for them",
@@ -25,7 +27,8 @@ HELP = """nano-pretrain VERB [recipe=NAME] [field=value ...]
 
 {verbs}
 
-recipe=NAME   one of {recipes} (default: tiny)
+{recipes}
+group=NAME    another file of recipes/, for example model=nemotron_h_8b precision=bf16 schedule=cosine_15t layout=tp2
 field=value   override any field, for example model.pattern=M-M*- run.name=x stages.pretrain.tokens=1000000
 
 nano-pretrain VERB --help        the fields of the chosen recipe
@@ -80,6 +83,9 @@ def _run(arguments: Sequence[str]) -> int:
         # megatron-core keeps global state: each job gets a process of its own.
         return run_in_turn([job.command(verb) for job in compose.compose_sweep(overrides)])
     job = compose.compose(overrides)
+    if job.recipe.plan.search and verb != "plan":
+        # The rules have let every layout pass.
+        raise RecipeError("plan.search", f"goes with the verb plan, not with {verb}", "leave it out")
     runner: Callable[[Recipe, list[str]], int] = getattr(__import__("nano_pretrain.verbs", fromlist=[verb]), verb)
     return runner(job.recipe, list(job.overrides))
 
@@ -98,10 +104,11 @@ def _show(options: set[str], overrides: Sequence[str], resolve: bool) -> int:
 def _help() -> str:
     from nano_pretrain.recipe.load import tree
 
-    recipes = sorted(path.stem for path in (tree("recipes") / "recipe").glob("*.yaml"))
+    names = ", ".join(sorted(path.stem for path in (tree("recipes") / "recipe").glob("*.yaml")))
     width = max(map(len, VERBS))
     return HELP.format(
-        verbs="\n".join(f"{verb:<{width}}  {text}" for verb, text in VERBS.items()), recipes=", ".join(recipes)
+        verbs="\n".join(f"{verb:<{width}}  {text}" for verb, text in VERBS.items()),
+        recipes=textwrap.fill(f"recipe=NAME   one of {names} (default: tiny)", 120, subsequent_indent=14 * " "),
     )
 
 

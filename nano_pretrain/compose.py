@@ -18,6 +18,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from nano_pretrain.data.phases import phase_lengths, phase_weights
 from nano_pretrain.recipe.errors import UserError
 from nano_pretrain.recipe.explain import explain
 from nano_pretrain.recipe.load import tree, typed_recipe
@@ -59,6 +60,10 @@ def compose(overrides: Sequence[str]) -> Job:
     recipe = typed_recipe(_without_hydra(config))
     for name, stage in recipe.stages.items():
         validate_schedule(stage.schedule, stage.tokens, f"stages.{name}.schedule")
+        phase_lengths(f"stages.{name}", stage)
+        for phase_name, phase in stage.phases.items():
+            # Which sources there are is known once the corpus is.
+            phase_weights(f"stages.{name}.phases.{phase_name}.blend", phase.blend, known=phase.blend)
     recipe.run.name = recipe.run.name or choice
     return Job(recipe, tuple(part for part in overrides if not part.startswith("run.name=")))
 

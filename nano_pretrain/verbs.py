@@ -31,6 +31,17 @@ def prepare(recipe: Recipe, overrides: list[str]) -> int:
     return EXIT_DONE
 
 
+def plan(recipe: Recipe, overrides: list[str]) -> int:
+    """What the recipe means, before anything is spent."""
+    from nano_pretrain.plan.answer import answer_plan, answer_search
+
+    if recipe.plan.search:
+        answer_search(recipe)
+    else:
+        answer_plan(recipe, Path(recipe.plan.dir) if recipe.plan.dir else run_directory(recipe))
+    return EXIT_DONE
+
+
 def train(recipe: Recipe, overrides: list[str]) -> int:
     """The run on this process's ranks."""
     from nano_pretrain.launch.parent import die_with_parent

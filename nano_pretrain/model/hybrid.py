@@ -18,6 +18,7 @@ from nano_pretrain.kernels.cross_entropy import vocabulary_cross_entropy
 from nano_pretrain.model.config import transformer_config
 from nano_pretrain.model.initialisation import initialise_weights
 from nano_pretrain.model.layers import DocumentMixer, stack_spec
+from nano_pretrain.model.recompute import recompute
 from nano_pretrain.platform import Platform
 from nano_pretrain.recipe.derived import padded_vocab_size
 from nano_pretrain.recipe.schema import ParallelConfig, Recipe
@@ -96,6 +97,7 @@ def build_model(recipe: Recipe, layout: ParallelConfig, platform: Platform, sequ
         elif type(module) in _SHARDED_DIMENSION:
             # megatron-core does it when it initialises; the gradient norm counts an unmarked weight on one rank only.
             set_tensor_model_parallel_attributes(module.weight, True, _SHARDED_DIMENSION[type(module)], 1)
+    recompute(model, recipe.recompute.granularity)
     initialise_weights(model, recipe.model, recipe.run.seed)
     return model
 

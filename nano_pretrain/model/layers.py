@@ -32,10 +32,22 @@ class DocumentMixer(MambaMixer):
     seq_idx: Tensor | None = None
 
     def _ssm_training(self, zxBCdt: Tensor, packed_seq_params: Any = None) -> Tensor:  # noqa: N803
-        """Convolution, scan and norm: [length, batch, in_proj rows] -> [length, batch, d_inner]."""
+        # packed_seq_params is None: documents come as seq_idx.
+        return self.mix(zxBCdt, self.seq_idx)
+
+    def mix(self, projected: Tensor, documents: Tensor | None) -> Tensor:
+        """Convolution, scan, gate and norm.
+
+        Args:
+            projected: output of in_proj [length, batch, in_proj rows].
+            documents: document of each token [batch, length], or None.
+
+        Returns:
+            [length, batch, d_inner].
+        """
         y = mamba_mixer.mamba_split_conv1d_scan_combined(
             # mamba-ssm's kernels take it contiguous; the portable ones read and write any order.
-            zxBCdt.transpose(0, 1).contiguous() if zxBCdt.is_cuda else zxBCdt.transpose(0, 1),
+            projected.transpose(0, 1).contiguous() if projected.is_cuda else projected.transpose(0, 1),
             self.cp.get_conv1d_weight().squeeze(1),
             self.cp.get_conv1d_bias(),
             self.cp.get_dt_bias().float(),
@@ -46,9 +58,9 @@ class DocumentMixer(MambaMixer):
             headdim=self.headdim,
             ngroups=self.cp.ngroups_local_tpcp,
             norm_before_gate=self.norm_before_gate,
-            seq_idx=self.seq_idx,
+            seq_idx=documents,
         )
-        y = self.cp.post_conv_ssm(y.transpose(0, 1).contiguous(), packed_seq_params)
+        y = self.cp.post_conv_ssm(y.transpose(0, 1).contiguous())
         out: Tensor = self.norm(y)
         return out
 

@@ -12,7 +12,9 @@ import torch
 from torch import nn
 
 from nano_pretrain.platform.base import LayerModules
+from nano_pretrain.platform.cuda_limits import CudaFacts
 from nano_pretrain.platform.limits import guard_chunk_scan, guard_split_scan
+from nano_pretrain.platform.versions import ON_CUDA, check_versions
 from nano_pretrain.recipe.errors import UserError
 
 PEAK_TFLOPS_BF16 = {"H100 80GB HBM3": 989.4, "H200": 989.4, "B200": 2250.0, "A100-SXM": 312.0}
@@ -26,6 +28,12 @@ GUARDS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
 """mamba-ssm's scans as megatron-core's mixer calls them, and what keeps them within their 32 bits."""
 
 
+def cuda_facts(local_rank: int) -> CudaFacts:
+    """Of this process's GPU, and of the CUDA that torch was built with."""
+    major, minor = (int(part) for part in str(torch.version.cuda).split(".")[:2])
+    return CudaFacts(torch.cuda.get_device_capability(local_rank), (major, minor))
+
+
 class CudaPlatform:
     """NCCL, Transformer Engine's modules, mamba-ssm's kernels."""
 
@@ -36,7 +44,7 @@ class CudaPlatform:
         """Choose the rank's GPU.
 
         Raises:
-            UserError: a GPU library is missing; megatron-core would put mocks in its place.
+            UserError: a GPU library is missing, megatron-core would put mocks in its place; or of another version.
         """
         for package in ("transformer_engine", "mamba_ssm", "causal_conv1d"):
             if find_spec(package) is None:
@@ -44,6 +52,7 @@ class CudaPlatform:
                     f"{package}: not installed, and a GPU was found; pip install 'nano-pretrain[gpu]', "
                     "or set CUDA_VISIBLE_DEVICES= to train on the CPU"
                 )
+        check_versions(ON_CUDA)
         _guard_kernels()
         torch.cuda.set_device(local_rank)
         if threads:

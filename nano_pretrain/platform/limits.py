@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
-from nano_pretrain.recipe.errors import UserError
+from nano_pretrain.recipe.errors import RecipeError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,16 +41,22 @@ def largest_tensor(
     return largest, sizes[largest]
 
 
-def check_int32(name: str, elements: int) -> None:
+def check_int32(name: str, elements: int, field: str = "sequence_length") -> None:
     """Refuse a tensor that mamba-ssm's kernels cannot address.
 
+    Args:
+        name: of the tensor.
+        elements: of the tensor.
+        field: dotted name of the sequence length, where the stage is known.
+
     Raises:
-        UserError: it has 2^31 elements or more.
+        RecipeError: it has 2^31 elements or more.
     """
     if elements >= INT32:
-        raise UserError(
-            f"sequence_length: {name} would have {elements:,} elements on a rank, and mamba-ssm's kernels address "
-            f"{INT32 - 1:,}; raise parallel.context or parallel.tensor, or lower micro_batch_size or sequence_length"
+        raise RecipeError(
+            field,
+            f"{name} would have {elements:,} elements on a rank, and mamba-ssm's kernels address {INT32 - 1:,}",
+            "raise parallel.context or parallel.tensor, or lower micro_batch_size or sequence_length",
         )
 
 

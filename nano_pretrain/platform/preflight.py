@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from netrc import NetrcParseError, netrc
 from urllib.parse import urlsplit
 
+from nano_pretrain.platform.versions import EVERYWHERE, check_versions
 from nano_pretrain.recipe.errors import RecipeError, UserError
 from nano_pretrain.recipe.schema import Recipe
 
@@ -22,12 +23,13 @@ def check_dependencies(recipe: Recipe) -> None:
     """Refuse what cannot run here.
 
     Raises:
-        UserError: a package is missing.
+        UserError: a package is missing or of another version than this package declares.
         RecipeError: the recipe asks for what this version would silently leave out, or for wandb without a key.
     """
     for package, reason in UNDECLARED.items():
         if find_spec(package) is None:
             raise UserError(f"{package}: not installed, and {reason}; pip install {package}")
+    check_versions(EVERYWHERE)
     if recipe.log.wandb == "online" and not _has_wandb_key():
         raise RecipeError("log.wandb", "online needs an API key", "set WANDB_API_KEY or write log.wandb=offline")
     if recipe.precision.name.startswith("fp8"):

@@ -68,7 +68,8 @@ def _unknown_field(field: str, siblings: Sequence[str]) -> str:
 
 def _group_choice(error: Exception, text: str, overrides: Sequence[str]) -> str | None:
     """Something other than a name where a file of a config group is chosen; Hydra does not say where."""
-    if not text.startswith("Config group override"):
+    # Hydra stumbles over a list with whatever error its elements lead to.
+    if not text.startswith("Config group override") and not isinstance(error, TypeError):
         return None
     part = next(
         (part for part in reversed(overrides) if re.match(r"\w*=(null$|true$|false$|[\d\[{.-])", part)), "recipe="

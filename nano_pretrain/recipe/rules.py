@@ -11,6 +11,8 @@ from typing import Any
 from nano_pretrain.recipe.derived import stage_layout, stage_ranks
 from nano_pretrain.recipe.errors import RecipeError
 from nano_pretrain.recipe.pattern import count_layers
+from nano_pretrain.recipe.rules_precision import bf16_linears, fp8_multiples
+from nano_pretrain.recipe.rules_stages import context_splits_groups, whole_steps
 from nano_pretrain.recipe.schema import ModelConfig, ParallelConfig, Recipe, StageConfig
 
 POSITIVE = frozenset({
@@ -19,7 +21,7 @@ POSITIVE = frozenset({
     "pipeline", "context", "eps", "clip_grad", "lr", "tokens", "sequence_length", "micro_batch_size",
     "global_batch_size", "gpus", "train_bytes", "max_bytes_per_source", "max_epochs", "quota_window",
     "tokens_per_source", "keep", "timeout_seconds", "threads_per_rank", "peak_tflops", "max_new_tokens",
-    "grace_seconds", "share",
+    "grace_seconds", "share", "storage_gigabytes_per_second",
 })  # fmt: skip
 """Last names of the fields that must be above 0."""
 
@@ -36,6 +38,12 @@ LARGEST = {
     "timeout_seconds": 10**7,
     "grace_seconds": 10**7,
     "threads_per_rank": 4096,
+    **dict.fromkeys(("hidden_size", "ffn_hidden_size", "vocab_size", "mamba_state_dim", "mamba_conv_width"), 10**8),
+    **dict.fromkeys(("num_attention_heads", "head_dim", "mamba_num_heads", "mamba_head_dim"), 10**6),
+    **dict.fromkeys(("sequence_length", "global_batch_size", "micro_batch_size", "gpus"), 10**9),
+    **dict.fromkeys(("train_bytes", "max_bytes_per_source", "tokens_per_source", "quota_window", "every"), 10**15),
+    **dict.fromkeys(("lr", "init_std", "weight_decay", "temperature"), 100),
+    **dict.fromkeys(("norm_epsilon", "eps"), 1),
 }
 """Last names of the fields that must not be above; larger values fail late, in a library."""
 
@@ -44,10 +52,12 @@ TEKKEN_VOCAB_SIZE = 131_072
 
 CHOICES = {
     "precision.name": ("fp32", "bf16", "fp8_blockwise", "fp8_current_scaling"),
+    "recompute.granularity": ("none", "selective", "full"),
     "data.document_boundaries": ("ignore", "reset"),
     "data.tokenizer.kind": ("bpe", "tekken"),
     "log.wandb": ("offline", "online", "disabled"),
     "launch.kind": ("local",),
+    "plan.format": ("text", "json"),
     "cluster.cpu_kernels": ("auto", "native", "plain"),
 }
 
@@ -161,11 +171,25 @@ def layouts(recipe: Recipe) -> None:
         raise RecipeError(
             "stages", "the recipe has no stage", "add stages.NAME.tokens and the rest, or choose a recipe"
         )
-    for name, stage in recipe.stages.items():
-        prefix = f"stages.{name}.parallel" if stage.parallel else "parallel"
-        layout = stage_layout(recipe, stage)
-        _layout_fits_model(prefix, layout, recipe.model)
-        check_ranks(f"stages.{name}", prefix, stage, layout, stage_ranks(recipe, stage), "gpus")
+    if recipe.plan.search:
+        # The search checks each layout it tries; the command line refuses `plan.search` to every other verb.
+        return
+    for name in recipe.stages:
+        check_layout(recipe, name)
+
+
+def check_layout(recipe: Recipe, stage_name: str) -> None:
+    """The layout of a stage divides the model, the ranks and the batch.
+
+    Raises:
+        RecipeError: the first that it does not.
+    """
+    stage = recipe.stages[stage_name]
+    prefix = f"stages.{stage_name}.parallel" if stage.parallel else "parallel"
+    layout = stage_layout(recipe, stage)
+    _layout_fits_model(prefix, layout, recipe.model)
+    source = "cluster.gpus" if stage.gpus is None else f"stages.{stage_name}.gpus"
+    check_ranks(f"stages.{stage_name}", prefix, stage, layout, stage_ranks(recipe, stage), source)
 
 
 def _layout_fits_model(prefix: str, layout: ParallelConfig, model: ModelConfig) -> None:
@@ -201,30 +225,44 @@ def check_ranks(field: str, prefix: str, stage: StageConfig, layout: ParallelCon
         stage: the stage.
         layout: its layout.
         ranks: number of ranks.
-        source: what says how many ranks there are, for the message.
+        source: the field that says how many ranks there are, or "started".
 
     Raises:
         RecipeError: the layout does not divide the ranks, or the ranks do not divide the batch.
     """
     model_ranks = layout.tensor * layout.pipeline * layout.context
+    near = _near_ranks(stage, model_ranks, ranks)
+    counts = " or ".join(map(str, near))
+    start = f"start {counts} ranks" if source == "started" else f"write {source}={counts}"
     if ranks % model_ranks:
         raise RecipeError(
             prefix,
             f"tensor x pipeline x context = {model_ranks} does not divide the {ranks} ranks ({source})",
-            f"start a multiple of {model_ranks} ranks or shrink the layout",
+            f"{start if near else f'start a multiple of {model_ranks} ranks'} or shrink the layout",
         )
     data_parallel = ranks // model_ranks
     together = data_parallel * stage.micro_batch_size
     if stage.global_batch_size % together:
+        fix = f"write a multiple of {together}, or change micro_batch_size"
         raise RecipeError(
             f"{field}.global_batch_size",
-            f"{stage.global_batch_size} is not divisible by {data_parallel} data-parallel ranks x "
-            f"micro_batch_size {stage.micro_batch_size}",
-            f"write a multiple of {together}, or change micro_batch_size or the number of ranks",
+            f"{stage.global_batch_size} is not divisible by {data_parallel} data-parallel ranks ({ranks} ranks, "
+            f"{model_ranks} to a model) x micro_batch_size {stage.micro_batch_size}",
+            f"{start}, or {fix}" if near else fix,
         )
     shards = layout.tensor * (2 * layout.context if layout.context > 1 else 1)
     _divides(f"{field}.sequence_length", stage.sequence_length, shards, f"{prefix} (sequence shards)")
     return data_parallel
+
+
+def _near_ranks(stage: StageConfig, model_ranks: int, ranks: int) -> list[int]:
+    """The two numbers of ranks nearest to `ranks` on which the layout divides the batch, as far as there are."""
+    samples, rest = divmod(stage.global_batch_size, stage.micro_batch_size)
+    if rest:
+        return []
+    small = [divisor for divisor in range(1, math.isqrt(samples) + 1) if samples % divisor == 0]
+    working = {model_ranks * divisor for divisor in [*small, *(samples // divisor for divisor in small)]} - {ranks}
+    return sorted(sorted(working, key=lambda count: (abs(count - ranks), count))[:2])
 
 
 def distributed_optimizer(recipe: Recipe) -> None:
@@ -257,9 +295,13 @@ def validation_reads_samples(recipe: Recipe) -> None:
 
 
 def names(recipe: Recipe) -> None:
-    """The run's name is one directory name, and the directory of the runs is named."""
-    if not recipe.run.dir:
-        raise RecipeError("run.dir", "is empty", "write a directory, or . for this one")
+    """The run's name is one directory name, directories and the corpus are named."""
+    directories = {"run.dir": recipe.run.dir, "data.path": recipe.data.path, "data.cache_dir": recipe.data.cache_dir}
+    for field, directory in directories.items():
+        if not directory:
+            raise RecipeError(field, "is empty", "write a directory, or . for this one")
+    if not recipe.data.corpus:
+        raise RecipeError("data.corpus", "is empty", "write the name of a file in data_blend/corpora")
     name = recipe.run.name
     if (name is not None and not re.fullmatch(r"[A-Za-z0-9_=.,+-]{1,200}", name)) or name in (".", ".."):
         raise RecipeError("run.name", f"{name!r} is not a directory name", "use letters, digits and _ = . , + -")
@@ -269,8 +311,12 @@ RULES: tuple[Callable[[Recipe], None], ...] = (
     model_shapes,
     data_settings,
     optimizer_ranges,
+    bf16_linears,
     layouts,
+    context_splits_groups,
+    fp8_multiples,
     distributed_optimizer,
     validation_reads_samples,
+    whole_steps,
     names,
 )

@@ -80,6 +80,17 @@ class PrecisionConfig:
 
 
 @dataclass
+class RecomputeConfig:
+    """What the backward pass computes again instead of keeping it from the forward pass."""
+
+    granularity: str = option(
+        "none",
+        "none: nothing; selective: convolution, scan, gate and norm of Mamba-2 layers and the squared ReLU; "
+        "full: whole layers.",
+    )
+
+
+@dataclass
 class OptimizerConfig:
     """AdamW with decoupled weight decay; one-dimensional parameters and biases are not decayed."""
 
@@ -232,12 +243,32 @@ class GenerateConfig:
 
 
 @dataclass
+class PlanConfig:
+    """What the verb `plan` answers and assumes; a run knows nothing of it."""
+
+    search: bool = option(
+        False, "Look for layouts that fit each stage's ranks instead of planning the recipe's own; only for `plan`."
+    )
+    format: str = option("text", "text: tables for people | json: one object for programs, described in docs/plan.md.")
+    hardware: str = option("h100", "a100 | b200 | cpu | h100 | h200, or the path of a file like theirs.")
+    metrics: Optional[str] = option(
+        None, "A metrics.jsonl whose measured tokens_per_second scales all speeds; null trusts the hardware's file."
+    )
+    overlap: bool = option(
+        False, "Reduce gradients and gather parameters while computing; the trainer of this version waits for both."
+    )
+    storage_gigabytes_per_second: float = option(10.0, "Speed at which all ranks together write a checkpoint.")
+    dir: Optional[str] = option(None, "Directory of plan.png, schedule and phases as a picture; null means the run's.")
+
+
+@dataclass
 class Recipe:
     """Everything a run depends on."""
 
     model: ModelConfig = option(ModelConfig, "Architecture.")
     parallel: ParallelConfig = option(ParallelConfig, "Layout.")
     precision: PrecisionConfig = option(PrecisionConfig, "Number formats.")
+    recompute: RecomputeConfig = option(RecomputeConfig, "Recomputation.")
     optimizer: OptimizerConfig = option(OptimizerConfig, "AdamW.")
     data: DataConfig = option(DataConfig, "Corpus.")
     stages: dict[str, StageConfig] = option(dict, "Stages in order: name -> stage.")
@@ -248,4 +279,5 @@ class Recipe:
     launch: LaunchConfig = option(LaunchConfig, "Launcher.")
     run: RunConfig = option(RunConfig, "Identity.")
     generate: GenerateConfig = option(GenerateConfig, "Generation.")
+    plan: PlanConfig = option(PlanConfig, "Planning.")
     dry_run: bool = option(False, "Check everything, say what would happen, and stop.")

@@ -20,6 +20,7 @@ from nano_pretrain.data.shards import open_corpus
 from nano_pretrain.evaluate.heldout import HeldOut
 from nano_pretrain.parallel.groups import Ranks, data_parallel_place, process_groups, ranks_from_environment
 from nano_pretrain.platform import Platform, current_platform
+from nano_pretrain.platform.cuda_limits import check_cuda
 from nano_pretrain.platform.process import children_end_with_this_process
 from nano_pretrain.recipe.derived import stage_layout
 from nano_pretrain.recipe.errors import EXIT_CONTINUE, EXIT_DONE
@@ -87,6 +88,10 @@ def _report(directory: Path) -> Path:
 
 def _train(recipe: Recipe, directory: Path, ranks: Ranks, request: StopRequest, ending: ExitFile) -> tuple[int, str]:
     platform = current_platform()
+    if platform.name == "cuda":
+        from nano_pretrain.platform.cuda import cuda_facts
+
+        check_cuda(recipe, cuda_facts(ranks.local_rank))
     device = platform.prepare(ranks.local_rank, recipe.cluster.threads_per_rank, recipe.cluster.cpu_kernels)
     corpus = open_corpus(Path(recipe.data.path))
     curriculum = Curriculum(recipe, {name: stream.tokens for name, stream in corpus.train.items()})

@@ -76,7 +76,7 @@ def test_cfg_job_can_resolve_references(cli: Cli) -> None:
 def test_help_names_verbs_recipes_and_exit_codes(cli: Cli) -> None:
     answer = cli("--help")
     assert (answer.code, answer.err) == (0, "")
-    for word in ("prepare", "train", "launch", "generate", "report", "nano_12b_v2_thin, tiny", "75"):
+    for word in ("prepare", "train", "launch", "generate", "report", "nano_12b_v2_thin,", "nemotron_h_8b, tiny", "75"):
         assert word in answer.out
     assert max(map(len, answer.out.splitlines())) <= 120
 

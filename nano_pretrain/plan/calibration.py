@@ -1,0 +1,108 @@
+"""What a measured run says about the predicted speed: one factor for all times."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from math import isfinite
+from pathlib import Path
+from statistics import median
+
+from nano_pretrain.plan.device import Device
+from nano_pretrain.plan.step_time import step_time
+from nano_pretrain.recipe.errors import RecipeError
+from nano_pretrain.recipe.load import recorded_recipe
+from nano_pretrain.recipe.schema import Recipe
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A measured run beside its prediction.
+
+    Attributes:
+        path: its metrics.jsonl.
+        measured: stage -> median of the measured tokens per second.
+        predicted: stage -> tokens per second by the hardware's file alone.
+        factor: measured time over predicted time of all its steps; every predicted time is multiplied by it.
+    """
+
+    path: str
+    measured: dict[str, float]
+    predicted: dict[str, float]
+    factor: float
+
+
+def calibrate(recipe: Recipe, device: Device) -> Calibration | None:
+    """Compare the run of `plan.metrics` with its prediction on the same hardware; None if no run is named.
+
+    The run is predicted by the recipe beside its metrics, and by this one if there is none there.
+
+    Raises:
+        RecipeError: there are no measured steps of a stage of that recipe.
+        UserError: the recipe beside the metrics cannot be read.
+    """
+    if recipe.plan.metrics is None:
+        return None
+    path = Path(recipe.plan.metrics)
+    speeds: dict[str, list[float]] = {}
+    for stage, speed in _measured(path):
+        speeds.setdefault(stage, []).append(speed)
+    run = _measured_recipe(recipe, path.parent)
+    steps = {stage: len(found) for stage, found in speeds.items() if stage in run.stages}
+    if not steps:
+        known = ", ".join(run.stages)
+        raise RecipeError("plan.metrics", f"{path} has no steps of {known}", "write the metrics.jsonl of a run")
+    measured = {stage: median(speeds[stage]) for stage in steps}
+    predicted = {stage: _tokens(run, stage) / step_time(run, stage, device).total for stage in steps}
+    tokens = {stage: steps[stage] * _tokens(run, stage) for stage in steps}
+    took = sum(tokens[stage] / measured[stage] for stage in steps)
+    return Calibration(
+        path=str(path),
+        measured=measured,
+        predicted=predicted,
+        factor=took / sum(tokens[stage] / predicted[stage] for stage in steps),
+    )
+
+
+def _measured(path: Path) -> Iterator[tuple[str, float]]:
+    """Stage and tokens per second of each step; lines that are torn are left out."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        raise RecipeError(
+            "plan.metrics", f"{path} cannot be read ({error.strerror})", "write the metrics.jsonl of a run"
+        ) from error
+    for line in lines:
+        try:
+            record = json.loads(line)
+            stage, speed = str(record["stage"]), float(record["tokens_per_second"])
+        except (ValueError, KeyError, TypeError):
+            continue
+        if isfinite(speed) and speed > 0:
+            yield stage, speed
+
+
+def _measured_recipe(recipe: Recipe, directory: Path) -> Recipe:
+    """What was measured: that run's recipe on the ranks that its environment names, under this recipe's assumptions."""
+    if not (directory / "recipe.yaml").exists():
+        return recipe
+    run = recorded_recipe(directory)
+    run.plan = recipe.plan
+    run.cluster.peak_tflops = recipe.cluster.peak_tflops
+    ranks = _world(directory / "environment.json")
+    if ranks is not None:
+        run.stages = {name: replace(stage, gpus=ranks) for name, stage in run.stages.items()}
+    return run
+
+
+def _world(path: Path) -> int | None:
+    """Ranks of a run; None if it does not say."""
+    try:
+        return int(json.loads(path.read_text(encoding="utf-8"))["layout"]["world"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _tokens(recipe: Recipe, stage: str) -> int:
+    return recipe.stages[stage].global_batch_size * recipe.stages[stage].sequence_length

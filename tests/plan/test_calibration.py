@@ -1,0 +1,77 @@
+"""A measured run scales every predicted time, by the recipe and the ranks it ran with."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from nano_pretrain.plan.calibration import calibrate
+from nano_pretrain.plan.step_time import step_time
+from nano_pretrain.plan.whole import make_plan
+from nano_pretrain.recipe.errors import RecipeError
+from nano_pretrain.recipe.load import to_yaml
+from nano_pretrain.recipe.schema import PlanConfig, Recipe
+from tests.plan.recipes import STAGE, device, named, small
+
+CPU = device("cpu")
+
+
+def measured(recipe: Recipe, path: Path) -> Recipe:
+    return replace(recipe, plan=PlanConfig(hardware="cpu", metrics=str(path)))
+
+
+def write(path: Path, speeds: list[float], stage: str = STAGE) -> Path:
+    lines = [json.dumps({"step": i, "stage": stage, "tokens_per_second": speed}) for i, speed in enumerate(speeds)]
+    path.write_text("\n".join([*lines, '{"step": 99, "stage": "pre']))
+    return path
+
+
+def predicted_speed(recipe: Recipe) -> float:
+    return 8 * 48 / step_time(recipe, STAGE, CPU).total
+
+
+def test_half_the_speed_is_twice_the_time(tmp_path: Path) -> None:
+    recipe = small()
+    slow = predicted_speed(recipe) / 2
+    path = write(tmp_path / "metrics.jsonl", [slow / 9, slow, slow, slow * 1.1, float("nan")])
+    found = calibrate(measured(recipe, path), CPU)
+    assert found is not None
+    assert found.measured == {STAGE: pytest.approx(slow)}, "the median, not the slow first step"
+    assert found.factor == pytest.approx(2)
+    assert calibrate(recipe, CPU) is None
+
+
+def test_the_run_is_predicted_by_its_own_recipe_on_its_own_ranks(tmp_path: Path) -> None:
+    other = small(ranks=1, hidden_size=48)
+    other.data.corpus = "any"
+    (tmp_path / "recipe.yaml").write_text(to_yaml(other))
+    (tmp_path / "environment.json").write_text(json.dumps({"layout": {"world": 2}}))
+    path = write(tmp_path / "metrics.jsonl", [1000.0])
+    found = calibrate(measured(small(), path), CPU)
+    assert found is not None
+    assert found.predicted[STAGE] == pytest.approx(predicted_speed(small(ranks=2, hidden_size=48)))
+
+
+def test_the_plan_scales_times_and_costs(tmp_path: Path) -> None:
+    recipe = named("tiny", "plan.hardware=cpu", "data.path=nowhere")
+    plain = make_plan(recipe).stages[STAGE]
+    speed = plain.cost.tokens_per_second
+    path = write(tmp_path / "metrics.jsonl", [speed / 3])
+    scaled = make_plan(measured(recipe, path)).stages[STAGE]
+    assert scaled.cost.tokens_per_second == pytest.approx(speed / 3)
+    assert scaled.mfu == pytest.approx(plain.mfu / 3)
+    assert scaled.cost.device_hours == pytest.approx(3 * plain.cost.device_hours, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("nothing.jsonl", "cannot be read"), ("metrics.jsonl", "has no steps of pretrain")]
+)
+def test_what_is_no_metrics_file_is_named(tmp_path: Path, name: str, words: str) -> None:
+    write(tmp_path / "metrics.jsonl", [1.0], stage="another")
+    with pytest.raises(RecipeError) as error:
+        calibrate(measured(small(), tmp_path / name), CPU)
+    assert str(error.value).startswith("plan.metrics: ")
+    assert words in str(error.value)

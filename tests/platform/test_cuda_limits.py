@@ -1,0 +1,83 @@
+"""What a recipe asks of GPUs, on facts of GPUs that are not here."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from nano_pretrain.compose import compose
+from nano_pretrain.parallel.groups import Ranks
+from nano_pretrain.platform import cuda
+from nano_pretrain.platform.cuda_limits import CudaFacts, check_cuda, check_fp8_support, check_scan
+from nano_pretrain.recipe.errors import RecipeError
+from nano_pretrain.recipe.load import tree
+from nano_pretrain.recipe.schema import ParallelConfig
+from nano_pretrain.train import run
+from nano_pretrain.train.signals import StopRequest
+
+HOPPER = CudaFacts((9, 0), (12, 9))
+NAMES = sorted(path.stem for path in (tree("recipes") / "recipe").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_recipe_runs_on_hopper(name: str) -> None:
+    check_cuda(compose([f"recipe={name}"]).recipe, HOPPER)
+
+
+@pytest.mark.parametrize(
+    ("precision", "capability", "cuda", "message"),
+    [
+        ("fp8_blockwise", (8, 9), (12, 9), "needs compute capability 9.0, this GPU has 8.9; .*=fp8_current_scaling$"),
+        ("fp8_blockwise", (8, 0), (12, 9), "needs compute capability 9.0, this GPU has 8.0; write precision=bf16$"),
+        ("fp8_blockwise", (9, 0), (12, 8), "needs CUDA 12.9, torch was built with 12.8; .* precision=bf16$"),
+        ("fp8_current_scaling", (8, 6), (13, 0), "needs compute capability 8.9, .* 8.6; write precision=bf16$"),
+        ("fp8_current_scaling", (9, 0), (12, 0), "needs CUDA 12.1, torch was built with 12.0; .* precision=bf16$"),
+    ],
+)  # fmt: skip
+def test_fp8_on_what_is_too_old(
+    precision: str, capability: tuple[int, int], cuda: tuple[int, int], message: str
+) -> None:
+    with pytest.raises(RecipeError, match=rf"^precision\.name: {precision} {message}"):
+        check_fp8_support(precision, CudaFacts(capability, cuda))
+
+
+def test_other_precisions_need_nothing_and_newer_versions_count_as_numbers() -> None:
+    check_fp8_support("bf16", CudaFacts((7, 0), (11, 8)))
+    check_fp8_support("fp8_current_scaling", CudaFacts((8, 9), (12, 1)))
+    check_fp8_support("fp8_blockwise", CudaFacts((10, 0), (12, 10)))
+
+
+def test_a_stage_that_the_scan_cannot_address_is_named() -> None:
+    recipe = compose(["recipe=nano_12b_v2"]).recipe
+    stage = recipe.stages["long_context"]
+    recipe.stages["long_context"] = replace(stage, parallel=ParallelConfig(tensor=4, sequence=True))
+    check_scan(recipe, "pretrain")
+    with pytest.raises(RecipeError, match=r"^stages\.long_context\.sequence_length: in_proj's .* raise parallel\.cont"):
+        check_cuda(recipe, HOPPER)
+    recipe.model.pattern = "*-"
+    check_cuda(recipe, HOPPER)
+
+
+def test_context_parallel_ranks_keep_a_copy_of_a_group() -> None:
+    recipe = compose(["recipe=tiny"]).recipe
+    recipe.parallel = ParallelConfig(context=16)
+    # One head of 32 channels and one group of 32 states: z, x, B, C and dt are 4 x 32 + 1 rows.
+    stage = recipe.stages["pretrain"] = replace(
+        recipe.stages["pretrain"], micro_batch_size=1, sequence_length=(2**31 - 1) // 129
+    )
+    check_scan(recipe, "pretrain")
+    stage.sequence_length += 1
+    with pytest.raises(RecipeError, match="in_proj's output"):
+        check_scan(recipe, "pretrain")
+
+
+def test_train_checks_before_it_prepares_the_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    gpu: Any = SimpleNamespace(name="cuda")
+    monkeypatch.setattr(run, "current_platform", lambda: gpu)
+    monkeypatch.setattr(cuda, "cuda_facts", lambda local_rank: CudaFacts((8, 0), (12, 9)))
+    with pytest.raises(RecipeError, match=r"^precision\.name: fp8_blockwise needs"):
+        run._train(compose(["recipe=nano_12b_v2"]).recipe, tmp_path, Ranks(0, 1, 0), StopRequest(), gpu)

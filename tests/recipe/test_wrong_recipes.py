@@ -1,0 +1,172 @@
+"""Wrong recipes: one line that names the field first, then the fix, exit code 2, the same from `plan` and `train`."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from nano_pretrain.compose import compose
+from nano_pretrain.plan.whole import make_plan
+from nano_pretrain.recipe.errors import UserError
+
+PRETRAIN, LONG = "stages.pretrain", "stages.long_context"
+P1 = f"{PRETRAIN}.phases.p1"
+HUGE = "1" + 30 * "0"
+
+# Overrides, field, problem, fix; the last two are regular expressions.
+FORM = [
+    ("recipe=nano_13b", "recipe", "no recipe 'nano_13b'", "choose one of .*nano_12b_v2"),
+    ("recipe=null", "recipe", "is not the name of a file", "recipe=tiny"),
+    ("recipe=nano_12b_v2 model=nano_13b", "model", "no model 'nano_13b'", "choose one of .*nano_12b_v2"),
+    ("recipe=nano_12b_v2 model=[1,2]", "model", "is not the name of a file", "model=tiny"),
+    ("recipe=nano_12b_v2 layout=tp9", "layout", "no layout 'tp9'", "tp2, tp4, tp8"),
+    ("recipe=nano_12b_v2 extension=long", "extension", "no extension 'long'", "choose one of .*none"),
+    ("recipe=nano_12b_v2 model.hiden_size=1", "model.hiden_size", "no such field", r"model\.hidden_size\?"),
+    ("recipe=nano_12b_v2 paralel.tensor=1", "paralel", "no such field", r"did you mean parallel\?"),
+    (f"recipe=nano_12b_v2 {LONG}.parallel.tensr=1", f"{LONG}.parallel.tensr", "no such field", r"tensor\?"),
+    (f"recipe=nano_12b_v2 +{LONG}.warmup=1", f"{LONG}.warmup", "no such field", "choose from tokens"),
+    ("recipe=nano_12b_v2 ~model", r"model.ffn_hidden_size", "has no value", r"model\.ffn_hidden_size=VALUE"),
+    ("recipe=nano_12b_v2 ~schedule", f"{PRETRAIN}.schedule.lr", "has no value", r"schedule\.lr=VALUE"),
+    ("recipe=nano_12b_v2 ~curriculum", f"{PRETRAIN}.phases", "is empty", "at least one phase"),
+    ("recipe=nano_12b_v2 ~data", "data.corpus", "has no value", r"data\.corpus=VALUE"),
+    ("recipe=tiny ~stages.pretrain", "stages", "the recipe has no stage", "add stages.NAME"),
+    ("recipe=nano_12b_v2 model=null", "model", "is not the name of a file", "model=tiny"),
+]
+TYPES = [
+    ("recipe=nano_12b_v2 model.hidden_size=wide", "model.hidden_size", "'wide' is not a whole number", "digits only"),
+    ("recipe=nano_12b_v2 model.hidden_size=5120.5", "model.hidden_size", "is not a whole number", "digits only"),
+    ("recipe=nano_12b_v2 model.init_std=small", "model.init_std", "'small' is not a number", "3.0e-4"),
+    ("recipe=nano_12b_v2 parallel.sequence=often", "parallel.sequence", "neither true nor false", "one of them"),
+    (f"recipe=nano_12b_v2 {PRETRAIN}.tokens=20T", f"{PRETRAIN}.tokens", "'20T' is not a whole number", "1000000"),
+    ("recipe=nano_12b_v2 stages=[1]", "stages", "has another shape", "a mapping"),
+    (f"recipe=nano_12b_v2 {PRETRAIN}.phases=[]", f"{PRETRAIN}.phases", "has another shape", "a mapping"),
+    (f"recipe=nano_12b_v2 {P1}.blend=[a]", f"{P1}.blend", "is not a mapping", "name of a blend"),
+    (f"recipe=nano_12b_v2 {P1}.blend={{a:many}}", f"{P1}.blend.a", "weight 'many' is not a number", "a number >= 0"),
+    ("recipe=nano_12b_v2 stages=null", "stages", "cannot be null", "write a value"),
+    (f"recipe=nano_12b_v2 {PRETRAIN}.tokens=null", f"{PRETRAIN}.tokens", "cannot be null", "write a value"),
+    (f"recipe=nano_12b_v2 {PRETRAIN}.schedule=null", f"{PRETRAIN}.schedule", "cannot be null", "write a value"),
+    ("recipe=nano_12b_v2 parallel=tp8", "parallel", "but a group of fields", r"parallel\.NAME=VALUE"),
+]
+NUMBERS = [
+    ("recipe=nano_12b_v2 model.mamba_num_heads=0", "model.mamba_num_heads", "0 is not positive", "above 0"),
+    ("recipe=nano_12b_v2 model.mamba_state_dim=-1", "model.mamba_state_dim", "-1 is not positive", "above 0"),
+    ("recipe=nano_12b_v2 parallel.tensor=0", "parallel.tensor", "0 is not positive", "above 0"),
+    ("recipe=nano_12b_v2 parallel.context=-2", "parallel.context", "-2 is not positive", "above 0"),
+    ("recipe=nano_12b_v2 optimizer.eps=nan", "optimizer.eps", "nan is not a finite number", "a number"),
+    ("recipe=nano_12b_v2 optimizer.beta2=1", "optimizer.beta2", "outside", "0.9"),
+    (f"recipe=nano_12b_v2 {PRETRAIN}.schedule.lr=inf", f"{PRETRAIN}.schedule.lr", "inf is not a finite", "a number"),
+    (f"recipe=nano_12b_v2 {PRETRAIN}.schedule.lr=1e30", f"{PRETRAIN}.schedule.lr", "is too large", "at most 100"),
+    (f"recipe=nano_12b_v2 model.hidden_size={HUGE}", "model.hidden_size", "is too large", "at most 100000000"),
+    (f"recipe=nano_12b_v2 {PRETRAIN}.global_batch_size={HUGE}", f"{PRETRAIN}.global_batch_size", "is too", "at most"),
+    (f"recipe=nano_12b_v2 cluster.gpus={HUGE}", "cluster.gpus", "is too large", "at most"),
+    ("recipe=tiny data.heldout_share=1", "data.heldout_share", "outside", "0.01"),
+    ("recipe=tiny log.wandb=maybe", "log.wandb", "'maybe' is unknown", "offline, online, disabled"),
+    ("recipe=tiny recompute.granularity=some", "recompute.granularity", "'some' is unknown", "none, selective, full"),
+    ("recipe=tiny data.path=", "data.path", "is empty", "write a directory"),
+    ("recipe=tiny data.corpus=", "data.corpus", "is empty", "data_blend/corpora"),
+    ("recipe=tiny run.name=a/b", "run.name", "is not a directory name", "letters, digits"),
+    ("recipe=tiny precision.name=fp4", "precision.name", "'fp4' is unknown", "choose one of fp32, bf16"),
+]
+SHAPES = [
+    ("recipe=nano_12b_v2 model.pattern=M-A", "model.pattern", "unknown letter 'A' at position 3", r"\* \(attention\)"),
+    ("recipe=nano_12b_v2 parallel.tensor=3", "model.num_attention_heads", "40 .* = 3", "39 or 42"),
+    ("recipe=nano_12b_v2 model.num_query_groups=4 model.num_attention_heads=40", "model.num_query_groups",
+     r"4 is not divisible by parallel\.tensor = 8", "write 8"),
+    ("recipe=nano_12b_v2 model.mamba_num_groups=4", "model.mamba_num_groups", "4 is not divisible", "write 8"),
+    (f"recipe=nano_12b_v2 {LONG}.parallel.context=3", "model.mamba_num_heads", "128 .* context = 24", "120 or 144"),
+    ("recipe=nano_12b_v2_paper extension=nano_v2_512k", "model.mamba_num_heads", "160 .* = 128", "128 or 256"),
+    ("recipe=tiny model.mamba_num_groups=8 model.mamba_num_heads=48 parallel.context=3 cluster.gpus=6 "
+     f"{PRETRAIN}.sequence_length=3072", "parallel.context", "3 neither divides .* 8 Mamba groups", "context=8"),
+    ("recipe=nano_12b_v2 parallel.pipeline=3", "model.pattern", "62 is not divisible", "60 or 63"),
+    ("recipe=nano_12b_v2 cluster.gpus=6144", f"{PRETRAIN}.global_batch_size", "736 .* 768", r"gpus=\d+ or 5888"),
+    ("recipe=nano_12b_v2 cluster.gpus=5889", "parallel", "= 8 does not divide the 5889 ranks", r"gpus=.*5888"),
+    (f"recipe=nano_12b_v2 {LONG}.gpus=1500", f"{LONG}.parallel", "128 does not divide the 1500", r"gpus=\d+ or 1536"),
+    (f"recipe=nano_12b_v2 {PRETRAIN}.micro_batch_size=5", f"{PRETRAIN}.global_batch_size", "size 5", "multiple of"),
+    (f"recipe=nano_12b_v2 {LONG}.sequence_length=500000", f"{LONG}.sequence_length", "= 256", "499968 or 500224"),
+    ("recipe=nano_12b_v2 layout=dp parallel.sequence=true", "parallel.sequence", "needs tensor", "sequence=false"),
+    ("recipe=nano_12b_v2 parallel.distributed_optimizer=false precision=bf16", "parallel.distributed_optimizer",
+     "cannot be checkpointed", "distributed_optimizer=true"),
+    ("recipe=nano_12b_v2 model.vocab_size=100000", "model.vocab_size", "Tekken has 131072", "vocab_size=131072"),
+]  # fmt: skip
+PRECISION = [
+    ("recipe=nano_12b_v2_paper layout=tp8 cluster.gpus=6144", "parallel.tensor", "22688 rows .* 2836", "tensor=2"),
+    ("recipe=nano_9b_v2 layout=tp8 cluster.gpus=5888", "parallel.tensor", "15680 channels .* 1960", "tensor=4"),
+    ("recipe=tiny precision=fp8_blockwise layout=tp2", "parallel.tensor", "1296 rows .* 648", "tensor=1"),
+    ("recipe=tiny precision=fp8_blockwise model.hidden_size=250", "model.hidden_size", "250 is no", "240 or 256"),
+    ("recipe=tiny precision=fp8_blockwise model.hidden_size=8", "model.hidden_size", "8 is no multiple", "write 16"),
+    ("recipe=tiny precision=fp8_blockwise model.ffn_hidden_size=770", "model.ffn_hidden_size", "770", "precision=bf16"),
+    ("recipe=tiny precision=fp8_blockwise model.mamba_num_heads=20", "model.mamba_num_heads", "1556", "precision=bf16"),
+    ("recipe=tiny precision=fp8_current_scaling model.head_dim=7", "model.head_dim", "56", "another model.head_dim"),
+    (f"recipe=tiny precision=fp8_blockwise {PRETRAIN}.sequence_length=513", f"{PRETRAIN}.sequence_length",
+     "8 x 513 leave 4104 tokens", "multiple of 16"),
+    ("recipe=tiny precision.bf16_first_linears=4", "precision.bf16_first_linears", "precision is bf16", "linears=0"),
+    ("recipe=nano_12b_v2 precision.bf16_first_linears=3", "precision.bf16_first_linears", "inside a layer", "2 or 4"),
+    ("recipe=nano_12b_v2 precision.bf16_last_linears=126", "precision.bf16_last_linears", "than the 124", "most 124"),
+    ("recipe=nano_12b_v2 precision.bf16_last_linears=122", "precision.bf16_last_linears", "first 4", "at most 120"),
+]  # fmt: skip
+LENGTHS = [
+    (f"recipe=nano_12b_v2 {PRETRAIN}.tokens=6000000", f"{PRETRAIN}.tokens", "less than a step", "at least 6029312"),
+    (f"recipe=nano_12b_v2 {PRETRAIN}.schedule.kind=step", f"{PRETRAIN}.schedule.kind", "'step'", "wsd, cosine"),
+    (f"recipe=nano_12b_v2 {PRETRAIN}.schedule.decay_shape=x", f"{PRETRAIN}.schedule.decay_shape", "'x'", "minus_sqrt"),
+    (f"recipe=nano_12b_v2 {PRETRAIN}.schedule.min_lr=1e-3", f"{PRETRAIN}.schedule.min_lr", "above the peak", "lower"),
+    (f"recipe=nano_12b_v2 {PRETRAIN}.schedule.warmup_tokens=21000000000000", f"{PRETRAIN}.schedule.warmup_tokens",
+     "more than the", "at most 20000000000000"),
+    (f"recipe=nano_12b_v2 {PRETRAIN}.schedule.decay_tokens=19999000000000", f"{PRETRAIN}.schedule.decay_tokens",
+     "more than the stage's", "at most 19992000000000"),
+    (f"recipe=nano_12b_v2 {P1}.share=0.7", f"{PRETRAIN}.phases", "shares add up to 1.1", "add up to 1"),
+    (f"recipe=nano_12b_v2 {P1}.share=1.7", f"{P1}.share", "is 1.7", "up to 1"),
+    (f"recipe=nano_12b_v2 {P1}.tokens=5", f"{P1}", "both share and tokens", "give one"),
+    (f"recipe=nano_12b_v2 {P1}.share=null", f"{P1}", "neither share nor tokens", "give one"),
+    (f"recipe=nano_12b_v2 {P1}.share=null {P1}.tokens=5", f"{PRETRAIN}.phases", "lengths add up", "20000000000000"),
+    (f"recipe=nano_12b_v2 {P1}.blend={{a:0}}", f"{P1}.blend", "all weights are 0", "positive weight"),
+    (f"recipe=nano_12b_v2 {P1}.blend={{a:nan}}", f"{P1}.blend.a", "weight is nan", "finite"),
+    (f"recipe=nano_12b_v2 {P1}.blend={{a:-1}}", f"{P1}.blend.a", "weight is -1", "not negative"),
+    (f"recipe=nano_12b_v2 {P1}.blend=nemotron_h_p9", f"{P1}.blend", "no blend 'nemotron_h_p9'", "nemotron_h_p1"),
+    ("recipe=nano_12b_v2 validation.tokens_per_source=8", "validation.tokens_per_source", "sample of 524288", "least"),
+]  # fmt: skip
+WRONG = [*FORM, *TYPES, *NUMBERS, *SHAPES, *PRECISION, *LENGTHS]
+SECONDS = 1.0
+"""What a refusal may take, the import of Hydra included; processor time, because the machine has other work."""
+
+
+def test_there_are_at_least_sixty() -> None:
+    assert len({overrides for overrides, *_ in WRONG}) == len(WRONG) >= 60
+
+
+@pytest.mark.parametrize(("overrides", "field", "problem", "fix"), WRONG, ids=[case[0] for case in WRONG])
+def test_wrong_recipe_is_answered_with_field_and_fix(overrides: str, field: str, problem: str, fix: str) -> None:
+    started = time.process_time()
+    with pytest.raises(UserError) as refusal:
+        compose(overrides.split())
+    assert time.process_time() - started < SECONDS
+    line = str(refusal.value)
+    assert "\n" not in line
+    assert re.match(rf"{re.escape(field)}: .*{problem}.*; .*{fix}", line), line
+
+
+@pytest.mark.parametrize("case", [FORM[6], TYPES[0], NUMBERS[9], SHAPES[8], PRECISION[0], LENGTHS[6]])
+def test_train_refuses_in_the_words_of_plan(case: tuple[str, str, str, str], tmp_path: Path) -> None:
+    answers = [
+        subprocess.run(
+            [sys.executable, "-m", "nano_pretrain", verb, *case[0].split()],
+            cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60,
+        )
+        for verb in ("plan", "train")
+    ]  # fmt: skip
+    plan, train = answers
+    assert (plan.returncode, plan.stdout, plan.stderr) == (train.returncode, train.stdout, train.stderr)
+    assert plan.returncode == 2
+    assert re.fullmatch(rf"nano-pretrain: {re.escape(case[1])}: .*{case[2]}.*; .*{case[3]}.*\n", plan.stderr)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_plan_refuses_what_the_scan_cannot_address_on_gpus_and_only_there() -> None:
+    layout = [f"{LONG}.parallel.tensor=4", f"{LONG}.parallel.context=1", f"{LONG}.gpus=48"]
+    with pytest.raises(UserError, match=rf"^{LONG}\.sequence_length: in_proj's output .*; raise parallel\.context"):
+        make_plan(compose(["recipe=nano_12b_v2", *layout]).recipe)
+    make_plan(compose(["recipe=nano_12b_v2", "precision=bf16", "plan.hardware=cpu", *layout]).recipe)
