@@ -141,14 +141,14 @@ def held(sizes: Sizes, last: bool) -> int:
     return sizes.gathered
 
 
-def _lanes(count: int) -> int:
-    return -(-count // LANES) * LANES
-
-
 def update(buffers: Iterable[ParameterBuffer]) -> int:
     """Gloo's copy of a gradient buffer while it sums it over the ranks, and the scaled copy of the largest gradient."""
     copies = [buffer.gradient_bytes if buffer.sharded else 0 for buffer in buffers]
     return max(*copies, *(GRADIENT_BYTES * max(buffer.sizes) for buffer in buffers))
+
+
+def _lanes(count: int) -> int:
+    return -(-count // LANES) * LANES
 
 
 LAYERS = {LayerType.MAMBA: mamba, LayerType.FEED_FORWARD: feed_forward, LayerType.ATTENTION: attention}

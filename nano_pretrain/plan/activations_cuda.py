@@ -2,7 +2,8 @@
 
 Not measured on a GPU. Transformer Engine's linears keep their input, in FP8 its column-wise copy only;
 `LayerNormLinear` keeps the norm's input, its output and an FP32 1 / sigma for each token, under sequence parallelism of
-the rank's own tokens. Weight gradients exist once in BF16 (`gradient_accumulation_fusion` is off).
+the rank's own tokens. Weight gradients exist once in BF16 (`gradient_accumulation_fusion` is off). FP8 copies of
+gradients, which live for one product, are not counted.
 """
 
 from __future__ import annotations

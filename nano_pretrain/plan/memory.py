@@ -75,7 +75,7 @@ def stage_memory(recipe: Recipe, stage_name: str, platform: PlatformName = "cuda
     such (`fp8_param_gather`). On `cpu` they are BF16.
 
     Args:
-        recipe: the recipe.
+        recipe: a recipe that the rules accept.
         stage_name: name of one of its stages.
         platform: whose kernels keep the activations.
 

@@ -34,6 +34,10 @@ THIN = [
 """The true 62 layers, 20 steps of two samples."""
 
 
+EXPLODING = ["stages.pretrain.schedule.lr=100", "optimizer.weight_decay=100"]
+"""The largest that a recipe may say: decay multiplies the weights by nearly -10,000 a step."""
+
+
 def whole(small: SmallRuns) -> Story:
     """Nobody disturbs it; then a text is generated."""
     return {
@@ -130,7 +134,7 @@ def can_mount(directory: Path) -> bool:
 
 def not_finite(small: SmallRuns) -> Story:
     """A learning rate that blows the weights up in the first steps."""
-    return {"end": small.run("train", "not_finite", "stages.pretrain.schedule.lr=1e38", "checkpoint.every=0")}
+    return {"end": small.run("train", "not_finite", *EXPLODING, "checkpoint.every=0")}
 
 
 def sweep(small: SmallRuns) -> Story:
