@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from nano_pretrain.plan.device import Device
 from nano_pretrain.plan.step_time import step_time
@@ -39,12 +40,13 @@ def calibrate(recipe: Recipe, device: Device) -> Calibration | None:
     The run is predicted by the recipe beside its metrics, and by this one if there is none there.
 
     Raises:
-        RecipeError: there are no measured steps of a stage of that recipe.
+        RecipeError: there are no measured steps of a stage of that recipe, or the run was on the other platform.
         UserError: the recipe beside the metrics cannot be read.
     """
     if recipe.plan.metrics is None:
         return None
     path = Path(recipe.plan.metrics)
+    _check_platform(path, device)
     speeds: dict[str, list[float]] = {}
     for stage, speed in _measured(path):
         speeds.setdefault(stage, []).append(speed)
@@ -90,18 +92,38 @@ def _measured_recipe(recipe: Recipe, directory: Path) -> Recipe:
     run = recorded_recipe(directory)
     run.plan = recipe.plan
     run.cluster.peak_tflops = recipe.cluster.peak_tflops
-    ranks = _world(directory / "environment.json")
+    ranks = _world(directory)
     if ranks is not None:
         run.stages = {name: replace(stage, gpus=ranks) for name, stage in run.stages.items()}
     return run
 
 
-def _world(path: Path) -> int | None:
+def _check_platform(metrics: Path, device: Device) -> None:
+    """A run on a CPU says nothing about a GPU, nor the other way round; one that does not say is believed."""
+    platform = _environment(metrics.parent).get("platform", device.platform)
+    if platform != device.platform:
+        raise RecipeError(
+            "plan.metrics",
+            f"{metrics} was measured on {platform}, and plan.hardware is {device.name}",
+            "write the metrics.jsonl of a run on that hardware, or its plan.hardware",
+        )
+
+
+def _world(directory: Path) -> int | None:
     """Ranks of a run; None if it does not say."""
     try:
-        return int(json.loads(path.read_text(encoding="utf-8"))["layout"]["world"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return int(_environment(directory)["layout"]["world"])
+    except (ValueError, KeyError, TypeError):
         return None
+
+
+def _environment(directory: Path) -> dict[str, Any]:
+    """The run's environment.json; empty if there is none."""
+    try:
+        found = json.loads((directory / "environment.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _tokens(recipe: Recipe, stage: str) -> int:

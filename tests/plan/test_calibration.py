@@ -75,3 +75,11 @@ def test_what_is_no_metrics_file_is_named(tmp_path: Path, name: str, words: str)
         calibrate(measured(small(), tmp_path / name), CPU)
     assert str(error.value).startswith("plan.metrics: ")
     assert words in str(error.value)
+
+
+def test_a_run_on_a_cpu_does_not_calibrate_a_gpu(tmp_path: Path) -> None:
+    (tmp_path / "environment.json").write_text('{"platform": "cpu"}')
+    path = write(tmp_path / "metrics.jsonl", [1000.0])
+    recipe = replace(small(), plan=PlanConfig(hardware="h100", metrics=str(path)))
+    with pytest.raises(RecipeError, match=r"plan.metrics: .* was measured on cpu, and plan.hardware is H100 SXM"):
+        calibrate(recipe, device("h100"))
