@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from nano_pretrain.plan.params import mamba_shape
-from nano_pretrain.recipe.derived import padded_vocab_size
+from nano_pretrain.recipe.derived import mamba_shape, padded_vocab_size
 from nano_pretrain.recipe.schema import ModelConfig, ParallelConfig
 
 

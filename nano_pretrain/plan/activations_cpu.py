@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 from nano_pretrain.plan.activations import HeadActivations, LayerActivations, Sizes
 from nano_pretrain.plan.buffers import GRADIENT_BYTES, ParameterBuffer
-from nano_pretrain.plan.params import mamba_shape
+from nano_pretrain.recipe.derived import mamba_shape
 from nano_pretrain.recipe.pattern import LayerType
 
 LANES = 16

@@ -12,8 +12,7 @@ from collections.abc import Iterable
 
 from nano_pretrain.plan.activations import HeadActivations, LayerActivations, Sizes
 from nano_pretrain.plan.buffers import ParameterBuffer
-from nano_pretrain.plan.params import mamba_shape
-from nano_pretrain.recipe.derived import padded_vocab_size
+from nano_pretrain.recipe.derived import mamba_shape, padded_vocab_size
 from nano_pretrain.recipe.pattern import LayerType
 
 CHUNK = 128

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from nano_pretrain.plan.buffers import GRADIENT_BYTES, storage_of
 from nano_pretrain.plan.device import Device
-from nano_pretrain.plan.params import mamba_shape
 from nano_pretrain.plan.ranks import Part, rank_tensors
 from nano_pretrain.plan.work import BYTES, RankWork
+from nano_pretrain.recipe.derived import mamba_shape
 from nano_pretrain.recipe.pattern import LayerType
 from nano_pretrain.recipe.schema import ParallelConfig, Recipe
 

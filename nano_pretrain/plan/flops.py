@@ -27,7 +27,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nano_pretrain.plan.params import mamba_shape
+from nano_pretrain.recipe.derived import mamba_shape
 from nano_pretrain.recipe.pattern import count_layers
 from nano_pretrain.recipe.schema import ModelConfig
 

@@ -11,10 +11,9 @@ without fusion: norms, gates, residual additions and the casts to FP8 are bound 
 
 from __future__ import annotations
 
-from nano_pretrain.plan.params import mamba_shape
 from nano_pretrain.plan.scan import convolution_and_scan
 from nano_pretrain.plan.work import BYTES, Kernel, Passes, RankWork
-from nano_pretrain.recipe.derived import padded_vocab_size
+from nano_pretrain.recipe.derived import mamba_shape, padded_vocab_size
 from nano_pretrain.recipe.pattern import LayerType
 
 CROSS_ENTROPY_BYTES = {"cuda": 48, "cpu": 6}

@@ -4,30 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from nano_pretrain.recipe.derived import mamba_shape
 from nano_pretrain.recipe.pattern import count_layers
 from nano_pretrain.recipe.schema import ModelConfig
-
-
-@dataclass(frozen=True)
-class MambaShape:
-    """Derived widths of a Mamba-2 layer (Dao and Gu 2024, section 7), in channels.
-
-    Attributes:
-        inner: heads x head dimension, the width of the gate z and of x.
-        conv: channels of the causal convolution: x and, for each group, B and C.
-        projected: rows of the input projection: z, x, B, C and one dt a head.
-    """
-
-    inner: int
-    conv: int
-    projected: int
-
-
-def mamba_shape(model: ModelConfig) -> MambaShape:
-    """The widths that follow from heads, head dimension, groups and state size; not from the hidden size."""
-    inner = model.mamba_num_heads * model.mamba_head_dim
-    conv = inner + 2 * model.mamba_num_groups * model.mamba_state_dim
-    return MambaShape(inner=inner, conv=conv, projected=inner + conv + model.mamba_num_heads)
 
 
 @dataclass(frozen=True)

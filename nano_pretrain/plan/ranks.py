@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from nano_pretrain.plan.params import mamba_shape
-from nano_pretrain.recipe.derived import padded_vocab_size
+from nano_pretrain.plan.params import ParameterCount
+from nano_pretrain.recipe.derived import mamba_shape, padded_vocab_size
 from nano_pretrain.recipe.errors import RecipeError
 from nano_pretrain.recipe.pattern import LayerType, parse_pattern
 from nano_pretrain.recipe.schema import ModelConfig, ParallelConfig
@@ -154,31 +154,14 @@ def _feed_forward_shapes(model: ModelConfig, ranks: int) -> Shapes:
 
 
 @dataclass(frozen=True)
-class RankParameters:
-    """Parameters of one rank by holder; each layer with the RMSNorm before it, the vocabulary with its padding.
+class RankParameters(ParameterCount):
+    """Parameters of one rank, the vocabulary with its padding: embedding on the first position, head on the last.
 
     Attributes:
-        embedding: of the first position.
-        mamba: of all its Mamba-2 layers.
-        feed_forward: of all its feed-forward layers.
-        attention: of all its attention layers.
-        final_norm: of the last position.
-        head: of the last position.
         kept_fp32: those among `mamba` that are FP32 in a BF16 model: A_log, D and dt_bias.
     """
 
-    embedding: int
-    mamba: int
-    feed_forward: int
-    attention: int
-    final_norm: int
-    head: int
     kept_fp32: int
-
-    @property
-    def total(self) -> int:
-        """All parameters of the rank."""
-        return self.embedding + self.mamba + self.feed_forward + self.attention + self.final_norm + self.head
 
 
 def rank_parameters(model: ModelConfig, layout: ParallelConfig, part: Part) -> RankParameters:

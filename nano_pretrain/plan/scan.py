@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nano_pretrain.plan.params import mamba_shape
 from nano_pretrain.plan.work import Kernel, Passes, RankWork
+from nano_pretrain.recipe.derived import mamba_shape
 from nano_pretrain.recipe.schema import ModelConfig
 
 

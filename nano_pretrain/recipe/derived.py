@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from nano_pretrain.recipe.schema import ModelConfig, ParallelConfig, PrecisionConfig, Recipe, StageConfig
 
 VOCAB_MULTIPLE = 128 * 8
@@ -26,3 +28,25 @@ def stage_layout(recipe: Recipe, stage: StageConfig) -> ParallelConfig:
 def stage_ranks(recipe: Recipe, stage: StageConfig) -> int:
     """The stage's own number of ranks, or the cluster's."""
     return recipe.cluster.gpus if stage.gpus is None else stage.gpus
+
+
+@dataclass(frozen=True)
+class MambaShape:
+    """Derived widths of a Mamba-2 layer (Dao and Gu 2024, section 7), in channels.
+
+    Attributes:
+        inner: heads x head dimension, the width of the gate z and of x.
+        conv: channels of the causal convolution: x and, for each group, B and C.
+        projected: rows of the input projection: z, x, B, C and one dt a head.
+    """
+
+    inner: int
+    conv: int
+    projected: int
+
+
+def mamba_shape(model: ModelConfig) -> MambaShape:
+    """The widths that follow from heads, head dimension, groups and state size; not from the hidden size."""
+    inner = model.mamba_num_heads * model.mamba_head_dim
+    conv = inner + 2 * model.mamba_num_groups * model.mamba_state_dim
+    return MambaShape(inner=inner, conv=conv, projected=inner + conv + model.mamba_num_heads)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nano_pretrain.recipe.derived import stage_layout
+from nano_pretrain.recipe.derived import mamba_shape, stage_layout
 from nano_pretrain.recipe.errors import RecipeError
 from nano_pretrain.recipe.pattern import LayerType, parse_pattern
 from nano_pretrain.recipe.schema import ModelConfig, ParallelConfig, Recipe, StageConfig
@@ -78,13 +78,12 @@ def _check_weights(prefix: str, model: ModelConfig, layout: ParallelConfig, kind
 
 def _split_widths(model: ModelConfig, kinds: frozenset[LayerType]) -> dict[str, tuple[str, int]]:
     """Dimensions of weights that tensor parallelism divides: what they are -> the field they follow from, size."""
-    inner = model.mamba_num_heads * model.mamba_head_dim
-    projected = 2 * inner + 2 * model.mamba_num_groups * model.mamba_state_dim + model.mamba_num_heads
+    mamba = mamba_shape(model)
     heads = model.num_attention_heads + 2 * model.num_query_groups
     of_kind = {
         LayerType.MAMBA: {
-            "rows of a Mamba-2 input projection": ("model.mamba_num_heads", projected),
-            "channels of a Mamba-2 layer": ("model.mamba_num_heads", inner),
+            "rows of a Mamba-2 input projection": ("model.mamba_num_heads", mamba.projected),
+            "channels of a Mamba-2 layer": ("model.mamba_num_heads", mamba.inner),
         },
         LayerType.FEED_FORWARD: {"channels of a feed-forward layer": ("model.ffn_hidden_size", model.ffn_hidden_size)},
         LayerType.ATTENTION: {

@@ -1,6 +1,7 @@
 import pytest
 
-from nano_pretrain.plan.params import count_parameters, mamba_shape
+from nano_pretrain.plan.params import count_parameters
+from nano_pretrain.recipe.derived import mamba_shape
 from nano_pretrain.recipe.schema import ModelConfig
 
 PATTERN_12B = "M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M-"
