@@ -38,6 +38,21 @@ struct Task {
   }
 };
 
+// What both passes read; d and documents may be null.
+template <class T>
+struct Inputs {
+  const Shape& shape;
+  const T *x, *b, *c;
+  const wide<T>*dt, *a, *d;
+  const std::int32_t* documents;
+
+  Inputs(const void* shape, const void* x, const void* dt, const void* a, const void* b, const void* c, const void* d,
+         const void* documents)
+      : shape(*static_cast<const Shape*>(shape)), x(static_cast<const T*>(x)), b(static_cast<const T*>(b)),
+        c(static_cast<const T*>(c)), dt(static_cast<const wide<T>*>(dt)), a(static_cast<const wide<T>*>(a)),
+        d(static_cast<const wide<T>*>(d)), documents(static_cast<const std::int32_t*>(documents)) {}
+};
+
 // Hands out the tiles of a task. Their sizes are multiples of a cache line, since their rows are.
 template <class W>
 class Arena {

@@ -6,11 +6,10 @@ namespace {
 using namespace scan;
 
 template <class T>
-struct Arguments {
-  const Shape& shape;
-  const T *x, *b, *c, *dy;
-  const wide<T>*dt, *a, *d, *kept, *dlast;
-  const std::int32_t* documents;
+struct Arguments : Inputs<T> {
+  const wide<T>* kept;
+  const T* dy;
+  const wide<T>* dlast;
   T* dx;
   wide<T>*db, *dc, *ddt, *da, *dd, *dinitial;
 };
@@ -261,18 +260,10 @@ void backward(const void* shape, const void* x, const void* dt, const void* a, c
               const void* d, const void* documents, const void* kept, const void* dy, const void* dlast, void* dx,
               void* ddt, void* da, void* db, void* dc, void* dd, void* dinitial, i64 threads) {
   using W = wide<T>;
-  const Shape& s = *static_cast<const Shape*>(shape);
-  Arguments<T> arguments{s,
-                         static_cast<const T*>(x),
-                         static_cast<const T*>(b),
-                         static_cast<const T*>(c),
-                         static_cast<const T*>(dy),
-                         static_cast<const W*>(dt),
-                         static_cast<const W*>(a),
-                         static_cast<const W*>(d),
+  Arguments<T> arguments{{shape, x, dt, a, b, c, d, documents},
                          static_cast<const W*>(kept),
+                         static_cast<const T*>(dy),
                          static_cast<const W*>(dlast),
-                         static_cast<const std::int32_t*>(documents),
                          static_cast<T*>(dx),
                          static_cast<W*>(db),
                          static_cast<W*>(dc),
@@ -280,6 +271,7 @@ void backward(const void* shape, const void* x, const void* dt, const void* a, c
                          static_cast<W*>(da),
                          static_cast<W*>(dd),
                          static_cast<W*>(dinitial)};
+  const Shape& s = arguments.shape;
   i64 tasks = s.batch * s.groups * s.blocks();
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
   for (i64 task = 0; task < tasks; task++) Backward<T>(arguments, Task(s, task)).run();

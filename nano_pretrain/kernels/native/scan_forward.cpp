@@ -6,11 +6,8 @@ namespace {
 using namespace scan;
 
 template <class T>
-struct Arguments {
-  const Shape& shape;
-  const T *x, *b, *c;
-  const wide<T>*dt, *a, *d, *initial;
-  const std::int32_t* documents;
+struct Arguments : Inputs<T> {
+  const wide<T>* initial;
   T* y;
   wide<T>*last, *kept;
 };
@@ -93,19 +90,12 @@ template <class T>
 void forward(const void* shape, const void* x, const void* dt, const void* a, const void* b, const void* c,
              const void* d, const void* initial, const void* documents, void* y, void* last, void* kept, i64 threads) {
   using W = wide<T>;
-  const Shape& s = *static_cast<const Shape*>(shape);
-  Arguments<T> arguments{s,
-                         static_cast<const T*>(x),
-                         static_cast<const T*>(b),
-                         static_cast<const T*>(c),
-                         static_cast<const W*>(dt),
-                         static_cast<const W*>(a),
-                         static_cast<const W*>(d),
+  Arguments<T> arguments{{shape, x, dt, a, b, c, d, documents},
                          static_cast<const W*>(initial),
-                         static_cast<const std::int32_t*>(documents),
                          static_cast<T*>(y),
                          static_cast<W*>(last),
                          static_cast<W*>(kept)};
+  const Shape& s = arguments.shape;
   i64 tasks = s.batch * s.groups * s.blocks();
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
   for (i64 task = 0; task < tasks; task++) Forward<T>(arguments, Task(s, task)).run();
