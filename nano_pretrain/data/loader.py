@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nano_pretrain.data.curriculum import Curriculum
 from nano_pretrain.data.shards import Corpus
+from nano_pretrain.parallel.context import own_tokens
 
 
 @dataclass(frozen=True)
@@ -18,14 +19,19 @@ class MicroBatch:
     """Inputs of one forward pass.
 
     Args:
-        tokens: inputs [batch, length], int64.
-        labels: the tokens that follow [batch, length], int64.
-        documents: document of each input [batch, length], int32, or None where documents are ignored.
+        tokens: inputs [batch, length], int64; under context parallelism this rank's part of them.
+        labels: the tokens that follow, shape of tokens.
+        documents: document of each input of the whole samples [batch, length], int32, or None where documents are
+            ignored.
     """
 
     tokens: Tensor
     labels: Tensor
     documents: Tensor | None
+
+    def of_context(self, place: tuple[int, int]) -> MicroBatch:
+        """The part of a rank whose place in the context-parallel group is `place`, from whole samples."""
+        return replace(self, tokens=own_tokens(self.tokens, 1, place), labels=own_tokens(self.labels, 1, place))
 
 
 class BatchReader:
@@ -39,6 +45,7 @@ class BatchReader:
         place: rank and size of the data-parallel group.
         reset_documents: whether batches carry document indices.
         device: where batches go.
+        context: rank and size of the context-parallel group.
     """
 
     def __init__(
@@ -48,12 +55,14 @@ class BatchReader:
         place: tuple[int, int],
         reset_documents: bool,
         device: torch.device,
+        context: tuple[int, int] = (0, 1),
     ) -> None:
         self.corpus = corpus
         self.curriculum = curriculum
         self.rank, self.size = place
         self.reset_documents = reset_documents
         self.device = device
+        self.context = context
 
     def micro_batches(self, consumed: int) -> Iterator[MicroBatch]:
         """The micro-batches of the step that starts after `consumed` tokens."""
@@ -63,7 +72,8 @@ class BatchReader:
             addresses = self.curriculum.samples(consumed, range(start, start + width))
             length = stage.sequence_length
             rows = [self.corpus.train[a.source].read(a.start, length + 1) for a in addresses]
-            yield batch_of(np.stack(rows), self.corpus.eod_id if self.reset_documents else None, self.device)
+            whole = batch_of(np.stack(rows), self.corpus.eod_id if self.reset_documents else None, self.device)
+            yield whole.of_context(self.context)
 
 
 def batch_of(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,11 @@ from nano_pretrain.data.shards import open_corpus
 from nano_pretrain.parallel.groups import Ranks, process_groups
 from nano_pretrain.platform import current_platform
 from nano_pretrain.recipe.errors import UserError
-from nano_pretrain.recipe.schema import GenerateConfig, ParallelConfig, Recipe
+from nano_pretrain.recipe.schema import GenerateConfig, ParallelConfig, PrecisionConfig, Recipe
 
 
 def generate(recipe: Recipe, options: GenerateConfig, run_dir: Path, prompts: Sequence[str]) -> list[str]:
-    """Each prompt with its continuation.
+    """Each prompt with its continuation, computed in the dtype of the weights: BF16 where the run was in FP8.
 
     Args:
         recipe: the run's recipe.
@@ -51,12 +52,19 @@ def generate(recipe: Recipe, options: GenerateConfig, run_dir: Path, prompts: Se
     layout = ParallelConfig(distributed_optimizer=False)
     texts: list[str] = []
     with process_groups(platform, Ranks(0, 1, 0), layout, recipe.cluster.timeout_seconds):
-        model = build_model(recipe, layout, platform, max(map(len, encoded)) + options.max_new_tokens)
+        model = build_model(_without_fp8(recipe), layout, platform, max(map(len, encoded)) + options.max_new_tokens)
         load_checkpoint(path, model, optimizer=None)
         for prompt in encoded:
             ids = list(continuation(model, prompt, options, corpus.eod_id, recipe.model.vocab_size))
             texts.append(tokenizer.decode([*prompt, *ids], skip_special_tokens=False))
     return texts
+
+
+def _without_fp8(recipe: Recipe) -> Recipe:
+    # A step of generation has one token, and Transformer Engine's FP8 products take multiples of 16.
+    if not recipe.precision.name.startswith("fp8"):
+        return recipe
+    return replace(recipe, precision=PrecisionConfig(name="bf16"))
 
 
 IDENTITY = ("tokens", "prompt", "temperature", "top_p", "seed")

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from nano_pretrain.data.loader import MicroBatch, batch_of
 from nano_pretrain.data.shards import Corpus, TokenStream, token_byte_lengths
-from nano_pretrain.parallel.groups import data_parallel_place, reports_loss
+from nano_pretrain.parallel.context import own_tokens
+from nano_pretrain.parallel.groups import context_parallel_place, data_parallel_place, reports_loss
 from nano_pretrain.recipe.errors import UserError
 
 
@@ -90,10 +91,12 @@ class HeldOut:
         with torch.no_grad():
             reports = run(self._batches(groups), len(groups), self.shape, True, self._score) if groups else []
         if reports_loss():
+            positions = own_tokens(torch.arange(self.shape[0], device=self.device), 0, context_parallel_place())
             for group, report in zip(groups, reports, strict=True):
                 for sample, row in zip(group, report, strict=False):
-                    sums[sample.source, :2] += row[: sample.length].sum(0)
-                    sums[sample.source, 2] += sample.length
+                    counted = positions < sample.length
+                    sums[sample.source, :2] += row[counted].sum(0)
+                    sums[sample.source, 2] += counted.sum()
         dist.all_reduce(sums)
         return self._summary(sums)
 
@@ -104,7 +107,7 @@ class HeldOut:
             rows = np.zeros((width, length + 1), np.int64)
             for row, sample in zip(rows, group, strict=False):
                 row[: sample.length + 1] = self.streams[sample.source].read(sample.start, sample.length + 1)
-            yield batch_of(rows, self.eod_id, self.device)
+            yield batch_of(rows, self.eod_id, self.device).of_context(context_parallel_place())
 
     def _score(self, batch: MicroBatch, losses: Tensor) -> Tensor:
         """Nats and bytes of each token [batch, length, 2]."""

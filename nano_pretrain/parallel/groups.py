@@ -72,6 +72,13 @@ def data_parallel_place() -> tuple[int, int]:
     return parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
 
 
+def context_parallel_place() -> tuple[int, int]:
+    """Rank and size in the context-parallel group."""
+    from megatron.core import parallel_state
+
+    return parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()
+
+
 def all_ranks_max(value: float, device: torch.device) -> float:
     """Largest `value` of all ranks: how they agree on a flag."""
     tensor = torch.tensor(value, dtype=torch.float64, device=device)

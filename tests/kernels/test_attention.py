@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nano_pretrain.kernels.attention import CausalAttention
-from tests.kernels.compare import Inputs, assert_close, random_tensor, relative_error, values_and_gradients
+from nano_pretrain.kernels.attention import QUERY_BLOCK, CausalAttention
+from tests.kernels.compare import Inputs, Kernel, assert_close, random_tensor, relative_error, values_and_gradients
 from tests.kernels.references import dense_attention
 from tests.kernels.scan_cases import documents
 
@@ -47,6 +47,24 @@ def attention_inputs(
     }
 
 
+def end_of(inputs: Inputs, first: int, end: int) -> Inputs:
+    """The queries from `first` to `end` of a sequence and the keys up to `end`, as views."""
+    documents = None if inputs["documents"] is None else inputs["documents"][:, :end]
+    return {
+        "query": inputs["query"][first:end],
+        "key": inputs["key"][:end],
+        "value": inputs["value"][:end],
+        "documents": documents,
+    }
+
+
+def dense_end(query: Tensor, key: Tensor, value: Tensor, documents: Tensor | None) -> Tensor:
+    """What the last queries of a sequence get."""
+    behind = key.shape[0] - query.shape[0]
+    whole = torch.cat([query.new_zeros(behind, *query.shape[1:]), query])
+    return dense_attention(whole, key, value, documents)[behind:]
+
+
 def to(dtype: torch.dtype, inputs: Inputs) -> Inputs:
     return {name: t.to(dtype) if t is not None and t.is_floating_point() else t for name, t in inputs.items()}
 
@@ -71,9 +89,34 @@ cases = st.builds(
 def test_equals_the_dense_softmax(inputs: Inputs, precision: tuple[torch.dtype, float]) -> None:
     # 1e-12: as FP32, with roundings of 1e-16.
     dtype, tolerance = precision
-    inputs = to(dtype, inputs)
+    assert_equals(dense_attention, to(dtype, inputs), tolerance)
+
+
+@given(cases, st.data(), st.sampled_from([(torch.float64, 1e-12), (torch.float32, FP32)]))
+def test_the_end_of_a_sequence_equals_that_of_the_dense_softmax(
+    inputs: Inputs, data: st.DataObject, precision: tuple[torch.dtype, float]
+) -> None:
+    dtype, tolerance = precision
+    length = inputs["query"].shape[0]
+    end = data.draw(st.just(length) | st.integers(1, length))
+    inputs = to(dtype, end_of(inputs, data.draw(st.integers(0, end - 1)), end))
+    assert_equals(dense_end, inputs, tolerance)
+
+
+@pytest.mark.parametrize("reset", [False, True])
+@pytest.mark.parametrize("first", [1, QUERY_BLOCK - 1])
+def test_the_end_of_a_sequence_in_several_blocks(first: int, reset: bool) -> None:
+    inputs = attention_inputs(first + 2 * QUERY_BLOCK + 1, 1, 2, head_dim=4, reset=reset)
+    if reset:
+        # One document is longer than a block of queries, and begins before them.
+        inputs["documents"][:, 20 : first + QUERY_BLOCK + 9] = inputs["documents"][:, 20:21]
+        inputs["documents"] = inputs["documents"].cummax(1).values
+    assert_equals(dense_end, end_of(inputs, first, first + 2 * QUERY_BLOCK + 1), 1e-12)
+
+
+def assert_equals(reference: Kernel, inputs: Inputs, tolerance: float) -> None:
     gradients = [output_gradient(inputs)]
-    expected = values_and_gradients(dense_attention, to(torch.float64, inputs), gradients)
+    expected = values_and_gradients(reference, to(torch.float64, inputs), gradients)
     actual = values_and_gradients(attend, inputs, gradients)
     # Where queries see but themselves, gradients of query and key vanish up to the rounding of what cancels.
     smallest = expected["dvalue"].norm()
@@ -89,6 +132,19 @@ def test_bf16_results_are_off_by_a_rounding_at_any_length(reset: bool, length: i
     expected = values_and_gradients(dense_attention, to(torch.float64, inputs), gradients)
     actual = values_and_gradients(attend, inputs, gradients)
     assert {value.dtype for value in actual.values()} == {torch.bfloat16}
+    rounded_once = ("0", "dvalue")
+    assert_close({n: actual[n] for n in rounded_once}, {n: expected[n] for n in rounded_once}, BF16)
+    assert_close(actual, expected, BF16_GRADIENT)
+
+
+@pytest.mark.parametrize("queries", [200, 4 * QUERY_BLOCK])
+@pytest.mark.parametrize("reset", [False, True])
+def test_bf16_results_of_the_end_of_a_sequence_are_off_by_a_rounding_at_any_length(reset: bool, queries: int) -> None:
+    length = 50 + queries
+    inputs = end_of(to(torch.bfloat16, attention_inputs(length, 1, 1, head_dim=8, reset=reset)), 50, length)
+    gradients = [output_gradient(inputs, torch.bfloat16)]
+    expected = values_and_gradients(dense_end, to(torch.float64, inputs), gradients)
+    actual = values_and_gradients(attend, inputs, gradients)
     rounded_once = ("0", "dvalue")
     assert_close({n: actual[n] for n in rounded_once}, {n: expected[n] for n in rounded_once}, BF16)
     assert_close(actual, expected, BF16_GRADIENT)
@@ -118,6 +174,20 @@ def test_outputs_do_not_depend_on_later_tokens_nor_on_other_documents() -> None:
         t = inputs[name]
         inputs[name] = torch.cat([1e3 * t[:25], t[inside], 1e3 * t[40:]])
     assert torch.equal(attend(**inputs)[inside], y[inside])
+
+
+def test_the_end_of_a_sequence_sees_only_its_own_documents() -> None:
+    inputs = to(torch.float32, attention_inputs(60, reset=False))
+    inputs["documents"] = (torch.arange(60) >= 25).int().expand(2, -1)
+    inputs = end_of(inputs, 40, 60)
+    y = attend(**inputs)
+    found = values_and_gradients(attend, inputs, [output_gradient(inputs)])
+    assert not found["dkey"][:25].any()
+    assert not found["dvalue"][:25].any()
+    assert found["dkey"][25:].any()
+    for name in ("key", "value"):
+        inputs[name] = torch.cat([1e3 * inputs[name][:25], inputs[name][25:]])
+    assert torch.equal(attend(**inputs), y)
 
 
 def test_no_gradient_crosses_documents() -> None:

@@ -15,7 +15,7 @@ from nano_pretrain.kernels.ssd import chunk_scan
 from tests.kernels.compare import assert_close, random_tensor, values_and_gradients
 from tests.kernels.references import convolution_silu, dense_attention, sequential_scan
 from tests.kernels.scan_cases import ScanCase
-from tests.kernels.test_attention import attend, attention_inputs, output_gradient
+from tests.kernels.test_attention import attend, attention_inputs, dense_end, end_of, output_gradient
 from tests.kernels.test_conv import convolution_inputs
 
 pytestmark = pytest.mark.usefixtures("plain")
@@ -64,6 +64,13 @@ def compare_attention() -> None:
     assert_close(values_and_gradients(attend, inputs, gradients), expected, 1e-12)
 
 
+def compare_attention_of_the_end() -> None:
+    inputs = end_of(attention_inputs(120), 50, 110)
+    gradients = [output_gradient(inputs)]
+    expected = values_and_gradients(dense_end, inputs, gradients)
+    assert_close(values_and_gradients(attend, inputs, gradients), expected, 1e-12)
+
+
 MISTAKES: dict[str, tuple[Callable[[], None], Any, str, Change]] = {
     "decay across documents": (compare_scan, ssd, "_decay", without(1)),
     "earlier documents in the last state": (compare_scan, ssd, "_added_states", without(3)),
@@ -77,18 +84,26 @@ MISTAKES: dict[str, tuple[Callable[[], None], Any, str, Change]] = {
         compare_attention,
         attention,
         "_attend_documents",
-        lambda _: lambda q, k, v, documents: attention._attend(q, k, v, causal=True),
+        lambda _: lambda q, k, v, documents: attention._causal(q, k, v),
     ),
     "attention to later tokens": (
         compare_attention,
         attention,
-        "_attend",
-        lambda attend: lambda q, k, v, causal: attend(q, k, v, causal=False),
+        "_softmax",
+        lambda softmax: lambda q, k, v, **mask: softmax(q, k, v),
+    ),
+    "last queries taken for the first": (
+        compare_attention_of_the_end,
+        attention,
+        "_causal",
+        lambda _: lambda q, k, v: attention._softmax(q, k, v, is_causal=True),
     ),
 }
 
 
-@pytest.mark.parametrize("compare", [compare_scan, compare_convolution, compare_attention])
+@pytest.mark.parametrize(
+    "compare", [compare_scan, compare_convolution, compare_attention, compare_attention_of_the_end]
+)
 def test_the_kernels_as_they_are_agree(compare: Callable[[], None]) -> None:
     compare()
 

@@ -17,7 +17,7 @@ from tests.kernels.broken_sources import broken_kernels
 from tests.kernels.compare import Inputs, assert_close, values_and_gradients
 from tests.kernels.implementations import Results, assert_bits_do_not_depend_on_threads, kept_by_autograd, using
 from tests.kernels.references import dense_attention
-from tests.kernels.test_attention import TILE, attend, attention_inputs, output_gradient, to
+from tests.kernels.test_attention import TILE, attend, attention_inputs, dense_end, end_of, output_gradient, to
 
 
 def loaded() -> library.Library:
@@ -31,6 +31,8 @@ def loaded() -> library.Library:
 def test_bits_do_not_depend_on_threads(heads_per_group: int, dtype: torch.dtype) -> None:
     inputs = to(dtype, attention_inputs(5 * TILE + 3, 2, heads_per_group))
     gradients = [output_gradient(inputs)]
+    assert_bits_do_not_depend_on_threads(lambda: values_and_gradients(attend, inputs, gradients))
+    inputs, gradients = end_of(inputs, 2 * TILE + 5, 5 * TILE), [gradients[0][2 * TILE + 5 : 5 * TILE]]
     assert_bits_do_not_depend_on_threads(lambda: values_and_gradients(attend, inputs, gradients))
 
 
@@ -134,6 +136,7 @@ def test_parts_of_a_sequence_add_up(length: int, data: st.DataObject, reset: boo
 
 MISTAKES = {
     "a key too many": ("attention.h", "query + shape.offset + 1,", "query + shape.offset + 2,"),
+    "queries at the beginning": ("attention.h", "query + shape.offset + 1,", "query + 1,"),
     "documents": ("attention.h", "scores + seen.begin, NONE", "scores, NONE"),
     "sums of an old peak": ("attention_forward.cpp", "    totals *= factor;\n", ""),
     "output of an old peak": ("attention_forward.cpp", "out[i] *= factor;", "out[i] *= 1;"),
@@ -151,9 +154,9 @@ MISTAKES = {
 @pytest.mark.full
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_seen(mistake: str, tmp_path: Path) -> None:
-    inputs = attention_inputs(3 * TILE)
+    inputs = end_of(attention_inputs(4 * TILE), TILE + 9, 4 * TILE - 3)
     gradients = [output_gradient(inputs)]
     with broken_kernels(*MISTAKES[mistake], directory=tmp_path, only="attention"):
         actual = values_and_gradients(attend, inputs, gradients)
     with pytest.raises(AssertionError, match="is off by"):
-        assert_close(actual, values_and_gradients(dense_attention, inputs, gradients), 1e-12)
+        assert_close(actual, values_and_gradients(dense_end, inputs, gradients), 1e-12)

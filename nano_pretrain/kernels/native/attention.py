@@ -114,10 +114,10 @@ def causal_attention(library: Library, query: Tensor, key: Tensor, value: Tensor
 
     Args:
         library: the kernels.
-        query: [length, batch, heads, head dim].
-        key: [length, batch, groups, head dim].
+        query: [length, batch, heads, head dim], the last of the tokens that have keys.
+        key: [key length, batch, groups, head dim].
         value: shape of key.
-        documents: document of each token [batch, length], non-decreasing, or None.
+        documents: document of each key's token [batch, key length], non-decreasing, or None.
 
     Returns:
         [length, batch, heads, head dim] in the dtype of the query.
@@ -125,19 +125,22 @@ def causal_attention(library: Library, query: Tensor, key: Tensor, value: Tensor
     Raises:
         ValueError: shapes or dtypes do not fit together.
     """
-    documents = None if documents is None else documents.contiguous()
-    # The first key of a query is the first token of its document.
-    starts = None if documents is None else torch.searchsorted(documents, documents, out_int32=True)
+    starts = None
+    if documents is not None:
+        documents = documents.contiguous()
+        # The first key of a query is the first token of its document.
+        own = documents[:, key.shape[0] - query.shape[0] :].contiguous()
+        starts = torch.searchsorted(documents, own, out_int32=True)
     out: Tensor = _NativeAttention.apply(library, query, key, value, starts)  # type: ignore[no-untyped-call]
     return out
 
 
 class _NativeAttention(torch.autograd.Function):
-    """Causal attention of a whole sequence; keeps its inputs, its output and the log-sum-exp of each query."""
+    """Causal attention of the end of a sequence; keeps its inputs, its output and the log-sum-exp of each query."""
 
     @staticmethod
     def forward(ctx: Any, library: Library, query: Tensor, key: Tensor, value: Tensor, starts: Tensor | None) -> Tensor:
-        inputs = AttentionInputs(_dense_heads(query), _dense_heads(key), _dense_heads(value), starts)
+        inputs = _aligned_at_the_end(_dense_heads(query), _dense_heads(key), _dense_heads(value), starts)
         out, lse = attention_forward(library, inputs)
         ctx.library = library
         ctx.save_for_backward(*inputs.tensors, out, lse)
@@ -147,10 +150,15 @@ class _NativeAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         query, key, value, starts, out, lse = ctx.saved_tensors
-        inputs = AttentionInputs(query, key, value, starts)
+        inputs = _aligned_at_the_end(query, key, value, starts)
         found = attention_backward(ctx.library, inputs, out, lse, grads[0].contiguous())
         wanted = (g if needed else None for g, needed in zip(found, ctx.needs_input_grad[1:4], strict=True))
         return None, *wanted, None
+
+
+def _aligned_at_the_end(query: Tensor, key: Tensor, value: Tensor, starts: Tensor | None) -> AttentionInputs:
+    """The last query sees the last key."""
+    return AttentionInputs(query, key, value, starts, offset=key.shape[0] - query.shape[0])
 
 
 def _dense_heads(t: Tensor) -> Tensor:
