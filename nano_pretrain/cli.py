@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
@@ -35,8 +36,11 @@ nano-pretrain VERB --help        the fields of the chosen recipe
 nano-pretrain VERB --cfg job     print the composed recipe and stop
 nano-pretrain VERB --multirun optimizer.beta2=0.95,0.99    one run after the other, each with a name of its own
 
-Exit codes: 0 done, 2 wrong input, 75 stopped on request after a whole checkpoint (run again to continue), 1 anything
-else."""
+Exit codes: 0 done, 2 wrong input, 75 stopped on request after a whole checkpoint (run again to continue), 141 nobody
+reads the output any more, 1 anything else."""
+
+EXIT_NO_READER = 128 + signal.SIGPIPE
+"""What a shell sees of `cat FILE | head -1`."""
 
 HELP_OPTIONS = ("--help", "-h")
 SHOW_OPTIONS = ("--cfg", "-c")
@@ -50,6 +54,8 @@ def main() -> NoReturn:
     arguments = sys.argv[1:]
     try:
         code = _run(arguments)
+        # Here and not when Python ends, where nobody could answer a reader that has gone.
+        print(end="", flush=True)
     except UserError as error:
         _fail(str(error), EXIT_USER_ERROR)
     except RunError as error:
@@ -59,7 +65,7 @@ def main() -> NoReturn:
     except BrokenPipeError:
         # The reader of our output has gone; without this Python fails once more when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = EXIT_FAILED
+        code = EXIT_NO_READER
     # Else Python's last collection walks all objects of torch and megatron-core, for two seconds.
     gc.freeze()
     sys.exit(code)

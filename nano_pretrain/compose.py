@@ -20,9 +20,10 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nano_pretrain.data.phases import phase_lengths, phase_weights
 from nano_pretrain.recipe.errors import UserError
-from nano_pretrain.recipe.explain import explain
+from nano_pretrain.recipe.explain import check_truths, explain
 from nano_pretrain.recipe.load import tree, typed_recipe
 from nano_pretrain.recipe.schema import Recipe
+from nano_pretrain.recipe.whole_numbers import in_digits
 from nano_pretrain.schedule.learning_rate import validate_schedule
 
 LONGEST_NAME = 100
@@ -58,6 +59,7 @@ def compose(overrides: Sequence[str]) -> Job:
     if not isinstance(choice, str):
         raise UserError("recipe: is not one name; write recipe=NAME, or --multirun recipe=FIRST,SECOND")
     recipe = typed_recipe(_without_hydra(config))
+    check_truths(recipe, overrides)
     for name, stage in recipe.stages.items():
         validate_schedule(stage.schedule, stage.tokens, f"stages.{name}.schedule")
         phase_lengths(f"stages.{name}", stage)
@@ -103,8 +105,9 @@ def composed_yaml(overrides: Sequence[str], resolve: bool) -> str:
 
 def _composed(overrides: Sequence[str]) -> DictConfig:
     ConfigStore.instance().store(name="schema", node=Recipe)
+    parts = [in_digits(override) for override in overrides]
     with _explained(overrides), hydra.initialize_config_dir(str(tree("recipes")), version_base="1.3"):
-        return _reading_text(lambda parts: hydra.compose("config", parts, return_hydra_config=True), overrides)
+        return _reading_text(lambda parts: hydra.compose("config", parts, return_hydra_config=True), parts)
 
 
 def _reading_text(read: Callable[[list[str]], T], overrides: Sequence[str]) -> T:

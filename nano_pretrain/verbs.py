@@ -34,11 +34,14 @@ def prepare(recipe: Recipe, overrides: list[str]) -> int:
 def plan(recipe: Recipe, overrides: list[str]) -> int:
     """What the recipe means, before anything is spent."""
     from nano_pretrain.plan.answer import answer_plan, answer_search
+    from nano_pretrain.train.before import check_prepared_corpus
 
+    directory = run_directory(recipe)
+    check_prepared_corpus(recipe, directory)
     if recipe.plan.search:
         answer_search(recipe)
     else:
-        answer_plan(recipe, Path(recipe.plan.dir) if recipe.plan.dir else run_directory(recipe))
+        answer_plan(recipe, Path(recipe.plan.dir) if recipe.plan.dir else directory)
     return EXIT_DONE
 
 

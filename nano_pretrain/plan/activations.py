@@ -28,6 +28,7 @@ class Sizes:
         sequence: tokens of a sample.
         element: bytes of an activation, 2 or 4.
         fp8: name of the FP8 recipe by which the layer's linears are quantised, or None.
+        documents: whether states restart at each document.
     """
 
     model: ModelConfig
@@ -36,6 +37,7 @@ class Sizes:
     sequence: int
     element: int
     fp8: str | None = None
+    documents: bool = False
 
     @property
     def tokens(self) -> int:

@@ -1,9 +1,10 @@
 """Activations on a CPU: what our modules and megatron-core's linears keep, with the native kernels.
 
-The kernels in plain PyTorch (`cluster.cpu_kernels=plain`) keep several times as much in Mamba-2 layers. FP8 recipes are
+The kernels in plain PyTorch (`cluster.cpu_kernels=plain`) keep other tensors: see `activations_plain`. FP8 recipes are
 BF16 here.
 
-Every weight gradient exists once in the dtype of the parameter before it is added to the FP32 buffer.
+Every weight gradient exists once in the dtype of the parameter before it is added to the FP32 buffer. When it is BF16,
+PyTorch copies it to FP32 for that, after the linear's backward pass has released its input and its output's gradient.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from nano_pretrain.plan.activations import HeadActivations, LayerActivations, Sizes
-from nano_pretrain.plan.buffers import GRADIENT_BYTES, ParameterBuffer
+from nano_pretrain.plan.buffers import EMBEDDING, GRADIENT_BYTES, ParameterBuffer
 from nano_pretrain.recipe.derived import mamba_shape
 from nano_pretrain.recipe.pattern import LayerType
 
@@ -34,18 +35,18 @@ def mamba(sizes: Sizes) -> LayerActivations:
     tokens.
 
     Backward, the largest of: out_proj with the gradients of its input and weight; the mixer with the gradients of its
-    output and input, of the scan's output and the convolution's, the convolution's output again, FP32 dt five times and
-    the FP32 partial sums of B and C, while the tensors kept for out_proj and the gated norm are gone; in_proj. All with
-    the gradient of the residual stream.
+    output and input, of the scan's output and the convolution's, the convolution's output again, and in FP32 either dt
+    three times and the partial sums of B and C, or dt five times and the sums, while the tensors kept for out_proj and
+    the gated norm are gone; in_proj and the norm. All with the gradient of the residual stream.
     """
     model, shape = sizes.model, mamba_shape(sizes.model)
     ranks = sizes.layout.tensor * sizes.layout.context
     heads, segments = model.mamba_num_heads // ranks, -(-sizes.sequence // STATE_TOKENS)
     states = 4 * sizes.batch * segments * heads * _lanes(model.mamba_state_dim) * _lanes(model.mamba_head_dim)
     kept = 2 * sizes.residual + sizes.projected + 3 * sizes.inner
-    out_proj = sizes.gathered + sizes.inner + sizes.weight(model.hidden_size, shape.inner)
-    mixer = sizes.projected + 2 * sizes.convolved + 5 * sizes.per_token(model.mamba_num_heads) + _scan_sums(sizes)
-    in_proj = _input_gradient(sizes) + sizes.weight(shape.projected, model.hidden_size) - 3 * sizes.inner - states
+    out_proj = leaving(sizes, sizes.inner, shape.inner, released=sizes.inner)
+    mixer = sizes.projected + 2 * sizes.convolved + _scan_sums(sizes)
+    in_proj = entering(sizes, sizes.projected, shape.projected) - kept - states
     return LayerActivations(
         input=sizes.residual,
         kept=kept,
@@ -57,13 +58,13 @@ def mamba(sizes: Sizes) -> LayerActivations:
 
 
 def _scan_sums(sizes: Sizes) -> int:
-    """FP32 gradients of B and C, one for each task of a group, and their sum."""
+    """FP32: dt and gradients of B and C, one for each task of a group and their sum, or more of dt and the sums."""
     model, ranks = sizes.model, sizes.layout.tensor * sizes.layout.context
     heads, groups = model.mamba_num_heads // ranks, sizes.groups // ranks
     heads_of_task = max(1, min(SCAN_HEADS, heads // groups, sizes.batch * heads // SCAN_TASKS))
     blocks = -(-heads // groups // heads_of_task)
-    one = sizes.per_token(sizes.groups * model.mamba_state_dim)
-    return 2 * one * (blocks + (blocks > 1))
+    dt, both = sizes.per_token(model.mamba_num_heads), 2 * sizes.per_token(sizes.groups * model.mamba_state_dim)
+    return max(3 * dt + both * (blocks + (blocks > 1)), 5 * dt + both)
 
 
 def feed_forward(sizes: Sizes) -> LayerActivations:
@@ -71,14 +72,17 @@ def feed_forward(sizes: Sizes) -> LayerActivations:
 
     Kept: the input (by the norm), the norm's output (by fc1), fc1's output (by the squared ReLU), its square (by fc2).
 
-    Backward, at fc2: the gradients of the residual stream, of fc2's input and of its weight.
+    Backward, the largest of: fc2 with the gradients of its input and weight; fc1 and the norm. With the gradient of the
+    residual stream.
     """
     model = sizes.model
-    fc2 = sizes.gathered + sizes.ffn + sizes.weight(model.hidden_size, model.ffn_hidden_size)
+    kept = 2 * sizes.residual + 2 * sizes.ffn
+    fc2 = leaving(sizes, sizes.ffn, model.ffn_hidden_size, released=sizes.ffn)
+    fc1 = entering(sizes, sizes.ffn, model.ffn_hidden_size) - kept
     return LayerActivations(
         input=sizes.residual,
-        kept=2 * sizes.residual + 2 * sizes.ffn,
-        working=sizes.residual + fc2,
+        kept=kept,
+        working=sizes.residual + max(fc2, fc1),
         dropped=sizes.ffn,
         again=sizes.ffn,
     )
@@ -92,19 +96,35 @@ def attention(sizes: Sizes) -> LayerActivations:
     log-sum-exp.
 
     Backward, the largest of: linear_proj with the gradients of its input and weight; the kernel with the gradients of
-    its output, of queries, keys and values, and its FP32 partial sums. With the gradient of the residual stream.
+    its output, of queries, keys and values, and its FP32 partial sums; linear_qkv and the norm. With the gradient of
+    the residual stream.
+
+    Under context parallelism keys and values are the gathered ones of all ranks, a copy, and the outputs of a rank's
+    two chunks are joined in another. Backward, each chunk has gradients for all keys and values, whose sum is laid out
+    by ranks in FP32.
     """
-    model = sizes.model
+    model, gathered = sizes.model, _gathered(sizes)
     projected = sizes.queries + 2 * sizes.keys
     copied = sizes.queries if model.num_query_groups > sizes.layout.tensor else 0
-    weight = sizes.weight(model.hidden_size, model.num_attention_heads * model.head_dim)
-    linear_proj = sizes.gathered + sizes.queries + weight
+    read = (copied or projected) + gathered + sizes.queries if gathered else projected + copied
+    kept = 2 * sizes.residual + read + sizes.queries + sizes.per_token(model.num_attention_heads)
+    linear_proj = leaving(sizes, sizes.queries, model.num_attention_heads * model.head_dim, released=0)
     kernel = sizes.queries + projected + _attention_sums(sizes)
+    if gathered:
+        laid_out = (1 + sizes.element // 4) * gathered * 4 // sizes.element
+        kernel = 2 * sizes.queries + gathered + max(gathered + _attention_sums(sizes), laid_out)
+    linear_qkv = entering(sizes, projected, (model.num_attention_heads + 2 * model.num_query_groups) * model.head_dim)
     return LayerActivations(
         input=sizes.residual,
-        kept=2 * sizes.residual + projected + copied + sizes.queries + sizes.per_token(model.num_attention_heads),
-        working=sizes.residual + max(linear_proj, kernel),
+        kept=kept,
+        working=sizes.residual + max(linear_proj, kernel, linear_qkv - kept),
     )
+
+
+def _gathered(sizes: Sizes) -> int:
+    """Keys and values of the whole sequence, where they have to be gathered."""
+    context = sizes.layout.context
+    return 2 * sizes.keys * context if context > 1 else 0
 
 
 def _attention_sums(sizes: Sizes) -> int:
@@ -121,12 +141,55 @@ def head(sizes: Sizes) -> HeadActivations:
     Kept: input and output of the final norm. The loss keeps the logits, and its backward pass writes their gradient
     over them. Then the head has the gradients of its input and weight.
     """
-    return HeadActivations(
-        kept=2 * sizes.residual, logits=sizes.logits, working=_input_gradient(sizes) + sizes.table_gradient
-    )
+    return HeadActivations(kept=2 * sizes.residual, logits=sizes.logits, working=head_linear(sizes))
 
 
-def _input_gradient(sizes: Sizes) -> int:
+def head_linear(sizes: Sizes) -> int:
+    """What the head's backward pass needs beside the logits."""
+    table = sizes.table_gradient
+    return max(input_gradient(sizes) + table, table + widened(sizes, table) - sizes.logits)
+
+
+def embedding(sizes: Sizes) -> int:
+    """The gradients of the embedding's output and of the embedding, or the copy of the latter."""
+    return sizes.table_gradient + max(sizes.gathered + sizes.residual, widened(sizes, sizes.table_gradient))
+
+
+def leaving(sizes: Sizes, channels: int, columns: int, released: int) -> int:
+    """The backward pass of the linear that leads out of a layer, beside what is kept.
+
+    Args:
+        sizes: sizes.
+        channels: bytes of the gradient of its input.
+        columns: of its weight.
+        released: bytes of its input if nothing else keeps it.
+    """
+    weight = sizes.weight(sizes.model.hidden_size, columns)
+    return channels + weight + max(sizes.gathered, widened(sizes, weight) - released)
+
+
+def entering(sizes: Sizes, channels: int, rows: int) -> int:
+    """The backward pass of the linear that leads into a layer and of the norm before it, with all that is there.
+
+    The norm's input stays to its end. Its output goes with the linear, as the gradient of the linear's output; then
+    there are the gradients of the norm's output and input, and the sum of the latter and of the residual stream's.
+
+    Args:
+        sizes: sizes.
+        channels: bytes of the gradient of the linear's output.
+        rows: of its weight.
+    """
+    weight = sizes.weight(rows, sizes.model.hidden_size)
+    linear = sizes.residual + channels + input_gradient(sizes) + weight
+    return sizes.residual + max(linear, sizes.residual + weight + widened(sizes, weight), 2 * sizes.residual)
+
+
+def widened(sizes: Sizes, gradient: int) -> int:
+    """The FP32 copy of a weight's gradient of so many bytes."""
+    return 2 * gradient if sizes.element == 2 else 0
+
+
+def input_gradient(sizes: Sizes) -> int:
     """Of a linear that leads into a layer: for all tokens, for the rank's own, and gloo's copy while it sums them."""
     return sizes.whole + (sizes.residual + sizes.whole if sizes.layout.sequence else 0)
 
@@ -141,10 +204,22 @@ def held(sizes: Sizes, last: bool) -> int:
     return sizes.gathered
 
 
-def update(buffers: Iterable[ParameterBuffer]) -> int:
-    """Gloo's copy of a gradient buffer while it sums it over the ranks, and the scaled copy of the largest gradient."""
-    copies = [buffer.gradient_bytes if buffer.sharded else 0 for buffer in buffers]
-    return max(*copies, *(GRADIENT_BYTES * max(buffer.sizes) for buffer in buffers))
+def update(buffers: Iterable[ParameterBuffer], last: int) -> int:
+    """What the reduction of the gradients and the optimizer need beside them.
+
+    Under the distributed optimizer gloo copies the gradients before it sums them over the ranks; the copies stay to the
+    end of the reduction. The optimizer scales the gradients one by one, by a copy.
+
+    Args:
+        buffers: of the rank.
+        last: bytes of the last gradient, which is not released before its bucket's reduction has begun.
+    """
+    return max(copied(buffers, EMBEDDING - 1) + last, *(GRADIENT_BYTES * max(buffer.sizes) for buffer in buffers))
+
+
+def copied(buffers: Iterable[ParameterBuffer], layer: int) -> int:
+    """Gloo's copies of the gradients that are being reduced when the backward pass comes to a layer."""
+    return sum(buffer.reduced_before(layer) for buffer in buffers if buffer.sharded)
 
 
 def _lanes(count: int) -> int:

@@ -1,9 +1,9 @@
-"""Activations on a GPU: what Transformer Engine 2.9, mamba-ssm 2.3 and megatron-core 0.16 keep, by their sources.
+"""Activations on a GPU: what Transformer Engine 2.9 (to 2.11), mamba-ssm 2.3 and megatron-core 0.16 keep, by source.
 
 Not measured on a GPU. Transformer Engine's linears keep their input, in FP8 its column-wise copy only;
 `LayerNormLinear` keeps the norm's input, its output and an FP32 1 / sigma for each token, under sequence parallelism of
 the rank's own tokens. Weight gradients exist once in BF16 (`gradient_accumulation_fusion` is off). FP8 copies of
-gradients, which live for one product, are not counted.
+gradients, which live for one product, and the splits by which the scan sums dB, dC and dCB are not counted.
 """
 
 from __future__ import annotations
@@ -53,21 +53,38 @@ def _norm_linear(sizes: Sizes) -> int:
     return sizes.residual + sizes.input_of_linear(sizes.residual) + 4 * sizes.residual_tokens
 
 
+def _entering(sizes: Sizes, channels: int, rows: int) -> int:
+    """The backward pass of `LayerNormLinear` with all that is there, the gathered norm and the scattered gradient too.
+
+    That of a Mamba-2 layer is never the largest: the scan's has as many tensors of more channels.
+
+    Args:
+        sizes: sizes.
+        channels: bytes of the gradient of its output.
+        rows: of its weight.
+    """
+    sharded = sizes.residual if sizes.layout.sequence else 0
+    gradients = channels + sizes.whole + sharded + sizes.weight(rows, sizes.model.hidden_size)
+    return _norm_linear(sizes) + sizes.input_of_linear(sizes.gathered) + gradients
+
+
 def feed_forward(sizes: Sizes) -> LayerActivations:
     """A feed-forward layer.
 
     Kept: what `LayerNormLinear` keeps, ReLU's output, the input of fc2, which is its square.
 
     Backward, the largest of: fc2 with the gradients of its input and weight; the square, with the gradient and two
-    products, while the input of fc2 is gone.
+    products, while the input of fc2 is gone; fc1.
     """
     model = sizes.model
     fc2_input = sizes.input_of_linear(sizes.ffn)
+    kept = _norm_linear(sizes) + sizes.ffn + fc2_input
     fc2 = sizes.gathered + sizes.ffn + sizes.weight(model.hidden_size, model.ffn_hidden_size)
+    fc1 = _entering(sizes, sizes.ffn, model.ffn_hidden_size) - kept
     return LayerActivations(
         input=sizes.residual,
-        kept=_norm_linear(sizes) + sizes.ffn + fc2_input,
-        working=sizes.residual + max(fc2, 3 * sizes.ffn - fc2_input),
+        kept=kept,
+        working=sizes.residual + max(fc2, 3 * sizes.ffn - fc2_input, fc1),
         dropped=fc2_input,
         again=sizes.ffn,
     )
@@ -80,20 +97,21 @@ def attention(sizes: Sizes) -> LayerActivations:
     by the fused kernel. linear_proj keeps the output too, in FP8 as a copy.
 
     Backward, the largest of: linear_proj with the gradients of its input and weight; the kernel with the gradients of
-    its output, of queries, keys and values, and an FP32 sum for the queries', then all in one tensor. Context
-    parallelism passes keys, values and their gradients on in a ring, each in two buffers.
+    its output, of queries, keys and values, and an FP32 sum for the queries', then all in one tensor; linear_qkv.
+    Context parallelism passes keys, values and their gradients on in a ring, each in two buffers.
     """
     model = sizes.model
     projected = sizes.queries + 2 * sizes.keys
     copy = sizes.input_of_linear(sizes.queries) if sizes.fp8 else 0
-    weight = sizes.weight(model.hidden_size, model.num_attention_heads * model.head_dim)
+    channels = model.num_attention_heads * model.head_dim
+    kept = _norm_linear(sizes) + projected + sizes.queries + copy + sizes.per_token(model.num_attention_heads)
+    linear_proj = sizes.gathered + sizes.queries + sizes.weight(model.hidden_size, channels)
+    linear_qkv = _entering(sizes, projected, channels + 2 * model.num_query_groups * model.head_dim) - kept
     ring = 8 * sizes.keys if sizes.layout.context > 1 else 0
     sums = 4 * sizes.queries // sizes.element
     kernel = sizes.queries + projected + max(sums, projected) + ring
     return LayerActivations(
-        input=sizes.residual,
-        kept=_norm_linear(sizes) + projected + sizes.queries + copy + sizes.per_token(model.num_attention_heads),
-        working=sizes.residual + max(sizes.gathered + sizes.queries + weight, kernel),
+        input=sizes.residual, kept=kept, working=sizes.residual + max(linear_proj, kernel, linear_qkv)
     )
 
 
@@ -123,8 +141,18 @@ def held(sizes: Sizes, last: bool) -> int:
     return sizes.gathered if last else 0
 
 
-def update(buffers: Iterable[ParameterBuffer]) -> int:
+def embedding(sizes: Sizes) -> int:
+    """The gradients of the embedding's output and of the embedding."""
+    return sizes.table_gradient + sizes.gathered + sizes.residual
+
+
+def update(buffers: Iterable[ParameterBuffer], last: int) -> int:
     """NCCL sums the gradients, and the fused kernels of clipping and Adam write them, where they are."""
+    return 0
+
+
+def copied(buffers: Iterable[ParameterBuffer], layer: int) -> int:
+    """NCCL needs no copies of gradients."""
     return 0
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from nano_pretrain.plan.communication import Transfer, embedding_transfers, head_transfers, layer_transfers
 from nano_pretrain.plan.kernels import embedding_kernels, head_kernels, layer_kernels
-from nano_pretrain.plan.ranks import Part, pipeline_parts
+from nano_pretrain.plan.ranks import Part, whole_model
 from nano_pretrain.plan.work import Kernel, Passes, RankWork, layer_format, total_flops, work_of
 from nano_pretrain.recipe.pattern import LayerType
 from nano_pretrain.recipe.schema import ParallelConfig, Recipe
@@ -92,7 +92,7 @@ def executed_flops(recipe: Recipe, stage_name: str, platform: str) -> dict[str, 
     alone = ParallelConfig()
     work = work_of(recipe.model, recipe.precision, stage, alone, platform)
     found = dict.fromkeys((*LAYER_ITEMS.values(), VOCABULARY, "recomputation"), 0.0)
-    for block in blocks(recipe, work, pipeline_parts(recipe.model, alone)[0], sequence_parallel=False):
+    for block in blocks(recipe, work, whole_model(recipe.model), sequence_parallel=False):
         kernels = block.forward.kernels + block.backward.kernels
         found[block.item] += block.count * total_flops(kernels) / work.tokens
         found["recomputation"] += block.count * total_flops(block.repeated.kernels) / work.tokens

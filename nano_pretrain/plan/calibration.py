@@ -23,12 +23,14 @@ class Calibration:
 
     Attributes:
         path: its metrics.jsonl.
+        recipe: the recipe by which it is predicted, beside its metrics; None for the one that is planned.
         measured: stage -> median of the measured tokens per second.
         predicted: stage -> tokens per second by the hardware's file alone.
         factor: measured time over predicted time of all its steps; every predicted time is multiplied by it.
     """
 
     path: str
+    recipe: str | None
     measured: dict[str, float]
     predicted: dict[str, float]
     factor: float
@@ -50,7 +52,8 @@ def calibrate(recipe: Recipe, device: Device) -> Calibration | None:
     speeds: dict[str, list[float]] = {}
     for stage, speed in _measured(path):
         speeds.setdefault(stage, []).append(speed)
-    run = _measured_recipe(recipe, path.parent)
+    recorded = path.with_name("recipe.yaml")
+    run = _measured_recipe(recipe, recorded.parent) if recorded.exists() else recipe
     steps = {stage: len(found) for stage, found in speeds.items() if stage in run.stages}
     if not steps:
         known = ", ".join(run.stages)
@@ -61,6 +64,7 @@ def calibrate(recipe: Recipe, device: Device) -> Calibration | None:
     took = sum(tokens[stage] / measured[stage] for stage in steps)
     return Calibration(
         path=str(path),
+        recipe=str(recorded) if recorded.exists() else None,
         measured=measured,
         predicted=predicted,
         factor=took / sum(tokens[stage] / predicted[stage] for stage in steps),
@@ -87,8 +91,6 @@ def _measured(path: Path) -> Iterator[tuple[str, float]]:
 
 def _measured_recipe(recipe: Recipe, directory: Path) -> Recipe:
     """What was measured: that run's recipe on the ranks that its environment names, under this recipe's assumptions."""
-    if not (directory / "recipe.yaml").exists():
-        return recipe
     run = recorded_recipe(directory)
     run.plan = recipe.plan
     run.cluster.peak_tflops = recipe.cluster.peak_tflops

@@ -206,12 +206,19 @@ def _heads_for_tokens(work: RankWork) -> Transfers:
 
 
 def _keys_and_values(work: RankWork) -> Transfers:
-    """A ring of keys and values (Transformer Engine's cp_comm_type p2p), backward also of their gradients.
+    """Keys and values of all ranks, and gradients for them.
 
-    It runs behind the attention to the part that has arrived. Gathering them sends as much.
+    On a GPU a ring (Transformer Engine's cp_comm_type p2p), which runs behind the attention to the part that has
+    arrived, backward also of the gradients. On a CPU they are gathered, and their gradients scattered in FP32.
     """
     keys = work.model.num_query_groups * work.model.head_dim // work.tensor
-    moved = (work.context - 1) * work.tokens * 2 * keys * work.width
+    elements = (work.context - 1) * work.tokens * 2 * keys
+    moved = elements * work.width
+    if work.platform == "cpu":
+        return Transfers(
+            (Transfer("context all-gather of keys and values", moved),),
+            (Transfer("context reduce-scatter of their gradients", elements * BYTES["fp32"]),),
+        )
     return Transfers(
         (Transfer("context keys and values", moved, "attention"),),
         (Transfer("context keys and values", 2 * moved, "attention"),),

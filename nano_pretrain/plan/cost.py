@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from nano_pretrain.data.curriculum import StagePlan
 from nano_pretrain.plan.device import Device
-from nano_pretrain.plan.ranks import pipeline_parts, rank_tensors
+from nano_pretrain.plan.ranks import rank_tensors, whole_model
 from nano_pretrain.recipe.derived import parameter_dtype, stage_ranks
 from nano_pretrain.recipe.schema import ParallelConfig, Recipe
 
@@ -63,9 +64,21 @@ class Cost:
         return self.seconds * self.devices / 3600
 
     @property
+    def written_bytes(self) -> int:
+        """Of all its checkpoints."""
+        return self.checkpoints.bytes * self.checkpoints.count
+
+    @property
     def tokens_per_second(self) -> float:
         """Of all ranks, during a step."""
         return self.tokens / self.steps / self.step_seconds
+
+
+def total_cost(costs: Iterable[Cost]) -> dict[str, float]:
+    """What stages cost together, one after the other."""
+    stages = list(costs)
+    names = ("steps", "tokens", "seconds", "days", "device_hours", "megawatt_hours", "written_bytes")
+    return {name: sum(getattr(cost, name) for cost in stages) for name in names}
 
 
 def stage_cost(recipe: Recipe, stage: StagePlan, step_seconds: float, device: Device) -> Cost:
@@ -98,11 +111,10 @@ def checkpoint_bytes(recipe: Recipe) -> int:
     Without the distributed optimizer (FP32 only) there are no main parameters beside the parameters. Names and indices
     add less than a percent to anything but toys.
     """
-    model, alone = recipe.model, ParallelConfig()
+    model = recipe.model
     width = 4 if parameter_dtype(recipe.precision) == "float32" else 2
     state = MOMENTS_BYTES + (MAIN_BYTES if recipe.parallel.distributed_optimizer else 0)
     return sum(
         tensor.elements * (state + (4 if tensor.kept_fp32 else width))
-        for part in pipeline_parts(model, alone)
-        for tensor in rank_tensors(model, alone, part)
+        for tensor in rank_tensors(model, ParallelConfig(), whole_model(model))
     )

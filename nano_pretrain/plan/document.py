@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from nano_pretrain.plan.cost import total_cost
 from nano_pretrain.plan.device import Device
-from nano_pretrain.plan.flops import ModelFlops
 from nano_pretrain.plan.memory import RankMemory
 from nano_pretrain.plan.search import Search
 from nano_pretrain.plan.whole import Plan, StageReport
+from nano_pretrain.recipe.flops import ModelFlops
 
 FORMAT = 1
 """Raised when a name disappears or changes its meaning; new names may come at any time."""
@@ -17,24 +18,17 @@ FORMAT = 1
 
 def plan_document(plan: Plan, figure: str) -> dict[str, Any]:
     """Everything that the tables say, and what they round."""
-    sources = plan.data.sources.values()
-    stages = plan.stages.values()
     return {
         "format": FORMAT,
         "run": plan.recipe.run.name,
+        "pretraining_of": plan.recipe.pretraining_of,
+        "stand_ins": plan.recipe.stand_ins,
         "hardware": _hardware(plan.device),
         "calibration": asdict(plan.calibration) if plan.calibration else None,
-        "overlap": plan.recipe.plan.overlap,
         "parameters": {**asdict(plan.parameters), "total": plan.parameters.total},
         "stages": {name: _stage(plan, report) for name, report in plan.stages.items()},
         "sources": {name: asdict(source) for name, source in plan.data.sources.items()},
-        "total": {
-            "steps": sum(report.cost.steps for report in stages),
-            "tokens": sum(source.tokens for source in sources),
-            "days": sum(report.cost.days for report in stages),
-            "device_hours": sum(report.cost.device_hours for report in stages),
-            "megawatt_hours": sum(report.cost.megawatt_hours for report in stages),
-        },
+        "total": total_cost(report.cost for report in plan.stages.values()),
         "figure": figure,
     }
 
@@ -57,13 +51,16 @@ def _stage(plan: Plan, report: StageReport) -> dict[str, Any]:
         "tokens": cost.tokens,
         "model_flops_per_token": _model_flops(report.model_flops),
         "executed_flops_per_token": {**report.executed, "training": sum(report.executed.values())},
+        "layers_per_position": report.layers,
         "parameters_per_rank": [{**asdict(rank), "total": rank.total} for rank in report.parameters],
         "memory_per_rank": [_memory(rank) for rank in report.memory],
         "fits": report.fits,
         "sent_bytes_per_step": report.time.sent,
         "step_seconds": {**report.time.items, "total": report.time.total},
+        "step_seconds_other_overlap": report.other_seconds,
         "tokens_per_second": cost.tokens_per_second,
-        "mfu": report.mfu,
+        "mfu": next(iter(report.mfu.values())),
+        "mfu_of_peak": report.mfu,
         "days": cost.days,
         "device_hours": cost.device_hours,
         "megawatt_hours": cost.megawatt_hours,
@@ -82,16 +79,10 @@ def _memory(rank: RankMemory) -> dict[str, Any]:
 
 
 def search_document(searches: dict[str, Search], device: Device) -> dict[str, Any]:
-    """Layouts that fit, best first, and the reasons against the others, by stage."""
+    """Layouts that go, best first, the reasons against the others, and where the recipe's own is, by stage."""
     return {
         "format": FORMAT,
         "hardware": _hardware(device),
-        "stages": {
-            name: {
-                "devices": search.devices,
-                "fitting": [asdict(candidate) for candidate in search.fitting],
-                "rejected": [asdict(reason) for reason in search.rejected],
-            }
-            for name, search in searches.items()
-        },
+        "memory_compared": device.memory_bytes is not None,
+        "stages": {name: asdict(search) for name, search in searches.items()},
     }

@@ -1,9 +1,9 @@
 """The kernels of each layer type on one rank: FLOPs as they are executed, and bytes moved.
 
-Model FLOPs (`plan.flops`) say what the mathematics asks for; these say what the kernels do. They differ in four places:
-the scan is chunked (`plan.scan`); the convolution is computed again in the backward pass; attention is a flash kernel,
-which skips what causality hides (2qeS for each token forward, no kernel used here computes the whole square) and
-computes the scores again backward, five products for two; the head has the padded vocabulary.
+Model FLOPs (`recipe.flops`) say what the mathematics asks for; these say what the kernels do. They differ in four
+places: the scan is chunked (`plan.scan`); the convolution is computed again in the backward pass; attention is a flash
+kernel, which skips what causality hides (2qeS for each token forward, no kernel used here computes the whole square)
+and computes the scores again backward, five products for two; the head has the padded vocabulary.
 
 Bytes are those of the operands between memory and cores, each read or written once a kernel, without caches and
 without fusion: norms, gates, residual additions and the casts to FP8 are bound by them.

@@ -7,13 +7,14 @@ fragmentation (together some gigabytes of a GPU), and the program itself.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
-from nano_pretrain.plan import activations_cpu, activations_cuda
+from nano_pretrain.plan import activations_cpu, activations_cuda, activations_plain
 from nano_pretrain.plan.activations import RECOMPUTATION, Sizes
 from nano_pretrain.plan.buffers import (
+    EMBEDDING,
     ParameterBuffer,
     Storage,
+    bucket_size,
     fp8_copy,
     layer_is_fp8,
     optimizer_state,
@@ -22,10 +23,9 @@ from nano_pretrain.plan.buffers import (
 )
 from nano_pretrain.plan.moments import Activations, Work, moments
 from nano_pretrain.plan.ranks import Part, pipeline_parts, rank_tensors
+from nano_pretrain.platform.base import PlatformName
 from nano_pretrain.recipe.derived import parameter_dtype, stage_layout, stage_ranks
 from nano_pretrain.recipe.schema import ParallelConfig, Recipe, StageConfig
-
-PlatformName = Literal["cuda", "cpu"]
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,8 @@ def stage_memory(recipe: Recipe, stage_name: str, platform: PlatformName = "cuda
     """
     stage = recipe.stages[stage_name]
     layout = stage_layout(recipe, stage)
-    return [_rank_memory(recipe, stage, layout, part, platform) for part in pipeline_parts(recipe.model, layout)]
+    parts = pipeline_parts(recipe.model, layout, stage.sequence_length)
+    return [_rank_memory(recipe, stage, layout, part, platform) for part in parts]
 
 
 def _rank_memory(
@@ -93,9 +94,11 @@ def _rank_memory(
     tensors = rank_tensors(recipe.model, layout, part)
     storages = [storage_of(tensor, recipe.model, recipe.precision, platform == "cuda") for tensor in tensors]
     ranks = stage_ranks(recipe, stage) // (layout.tensor * layout.pipeline)
-    buffers = parameter_buffers(tensors, storages, layout.distributed_optimizer, ranks)
-    in_flight = _in_flight(recipe, stage, layout, part)
-    work = _work(recipe, stage, layout, part, platform, buffers)
+    elements = bucket_size(layout, ranks // layout.context, part.position)
+    buffers = parameter_buffers(tensors, storages, layout.distributed_optimizer, ranks, elements)
+    micro_batches = _micro_batches(recipe, stage, layout)
+    in_flight = min(layout.pipeline - part.position, micro_batches)  # 1F1B: one for each position from here on
+    work = _work(recipe, stage, layout, part, platform, buffers, follows=micro_batches > in_flight)
     worst = max(moments(work, in_flight), key=lambda moment: moment.total)
     quantised = (tensor for tensor, storage in zip(tensors, storages, strict=True) if storage == Storage.FP8)
     return RankMemory(
@@ -112,11 +115,10 @@ def _rank_memory(
     )
 
 
-def _in_flight(recipe: Recipe, stage: StageConfig, layout: ParallelConfig, part: Part) -> int:
-    """Micro-batches between forward and backward pass in the 1F1B schedule: one for each position from here on."""
+def _micro_batches(recipe: Recipe, stage: StageConfig, layout: ParallelConfig) -> int:
+    """Micro-batches of a rank in a step."""
     data_parallel = stage_ranks(recipe, stage) // (layout.tensor * layout.pipeline * layout.context)
-    micro_batches = stage.global_batch_size // (data_parallel * stage.micro_batch_size)
-    return min(layout.pipeline - part.position, micro_batches)
+    return stage.global_batch_size // (data_parallel * stage.micro_batch_size)
 
 
 def _work(
@@ -125,22 +127,30 @@ def _work(
     layout: ParallelConfig,
     part: Part,
     platform: PlatformName,
-    buffers: list[ParameterBuffer],
+    buffers: tuple[ParameterBuffer, ...],
+    follows: bool,
 ) -> Work:
+    """What the position does with a micro-batch; `follows`: forward passes come behind backward passes."""
     element = 4 if parameter_dtype(recipe.precision) == "float32" else 2
-    sizes = Sizes(recipe.model, layout, stage.micro_batch_size, stage.sequence_length, element)
+    documents = recipe.data.document_boundaries == "reset"
+    sizes = Sizes(recipe.model, layout, stage.micro_batch_size, stage.sequence_length, element, documents=documents)
     kinds = activations_cuda if platform == "cuda" else activations_cpu
+    kernels = activations_plain if platform == "cpu" and recipe.cluster.cpu_kernels == "plain" else kinds
     recomputed = RECOMPUTATION[recipe.recompute.granularity]
     quantised = replace(sizes, fp8=recipe.precision.name)
     layers = []
-    for index, kind in enumerate(part.layers, start=part.first_layer):
+    indices = range(part.first_layer, part.first_layer + len(part.layers))
+    for index, kind in zip(indices, part.layers, strict=True):
         fp8 = platform == "cuda" and layer_is_fp8(index, recipe.model, recipe.precision)
-        layers.append((kind, recomputed(kinds.LAYERS[kind](quantised if fp8 else sizes))))
+        layers.append((kind, recomputed(kernels.LAYERS[kind](quantised if fp8 else sizes))))
     return Work(
         layers=tuple(layers),
-        head=kinds.head(sizes) if part.holds_head else None,
+        head=kernels.head(sizes) if part.holds_head else None,
         sent=0 if part.holds_head else sizes.residual,
-        embedding=sizes.table_gradient + sizes.residual if part.holds_embedding else 0,
-        update=kinds.update(buffers),
-        held=kinds.held(sizes, part.holds_head) + (sizes.residual if part.position else 0),
+        # The last branch's output; of the micro-batch before its output and the gradients of that and of its input.
+        ending=(1 + (follows and 2 + (part.position > 0))) * sizes.residual,
+        embedding=kinds.embedding(sizes) if part.holds_embedding else 0,
+        reduced=tuple(kinds.copied(buffers, layer) for layer in (*indices, EMBEDDING)),
+        update=kinds.update(buffers, sizes.table_gradient if part.holds_embedding and layout.overlap else 0),
+        held=kinds.held(sizes, part.holds_head) + (sizes.residual if part.position and follows else 0),
     )

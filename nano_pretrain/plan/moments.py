@@ -55,7 +55,10 @@ class Work:
         layers: type and activations of each layer, in order.
         head: final norm, head and loss, on the last position.
         sent: the output, which the schedule keeps until its gradient is back; 0 on the last position.
+        ending: what the end of a forward pass needs beside what is kept, before the last position.
         embedding: gradient of the embedding with that of its output, on the first position.
+        reduced: copies of gradients that are being reduced while each layer, and then the embedding, has its backward
+            pass for the last micro-batch.
         update: what the reduction of the gradients and the optimizer need beside them.
         held: buffers that stay, and the gradient that was sent back last, which the schedule keeps.
     """
@@ -63,31 +66,45 @@ class Work:
     layers: tuple[tuple[LayerType, LayerActivations], ...]
     head: HeadActivations | None
     sent: int
+    ending: int
     embedding: int
+    reduced: tuple[int, ...]
     update: int
     held: int
 
 
 def moments(work: Work, in_flight: int) -> Iterator[Moment]:
-    """The moments of a micro-batch's backward pass, while `in_flight - 1` later ones wait for theirs, and the update.
+    """The moments of the backward passes of a micro-batch while others wait and of the last one, and the update.
 
-    They are: the loss and the head, each layer from the last to the first, the embedding. A layer releases what it
-    kept as its backward pass goes on, so the layers before it are still whole. In the forward pass a layer needs less
-    beside what it keeps than in the backward pass, when later layers have gone. The schedule keeps the gradient of the
-    output, with which the last layer begins, to the end.
+    Args:
+        work: what a pipeline position does.
+        in_flight: micro-batches between their forward and backward pass at most.
+    """
+    yield from _backward(work, in_flight, (0,) * len(work.reduced))
+    yield from _backward(work, 1, work.reduced)
+    yield _Kept().moment(0, 0, work.held + work.update)
+
+
+def _backward(work: Work, in_flight: int, reduced: tuple[int, ...]) -> Iterator[Moment]:
+    """The moments of a micro-batch's backward pass, while `in_flight - 1` later ones wait for theirs.
+
+    They are: the end of the forward pass, or the loss and the head, each layer from the last to the first, the
+    embedding. A layer releases what it kept as its backward pass goes on, so the layers before it are still whole. The
+    schedule keeps the gradient of the output, with which the last layer begins, to the end.
     """
     kept = [_Kept(), *itertools.accumulate(map(_Kept.of, work.layers))]
     waiting = kept[-1].times(in_flight - 1)
     outputs = work.sent * in_flight
-    if work.head is not None:
-        now = waiting + kept[-1]
+    now = waiting + kept[-1]
+    if work.head is None:
+        yield now.moment(outputs, 0, work.held + work.ending)
+    else:
         yield now.moment(outputs + work.head.kept, work.head.logits, work.held + work.head.working)
-    for (_, layer), until in zip(work.layers, kept[1:], strict=True):
+    for (_, layer), until, copies in zip(work.layers, kept[1:], reduced[:-1], strict=True):
         now = waiting + until + _Kept(states=layer.working_states)
         received = 0 if until is kept[-1] else work.sent
-        yield now.moment(outputs, 0, work.held + received + layer.working)
-    yield waiting.moment(outputs, 0, work.held + work.sent + work.embedding)
-    yield _Kept().moment(0, 0, work.held + work.update)
+        yield now.moment(outputs, 0, work.held + received + layer.working + copies)
+    yield waiting.moment(outputs, 0, work.held + work.sent + work.embedding + reduced[-1])
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from nano_pretrain.plan.calibration import Calibration
 from nano_pretrain.plan.device import Device
+from nano_pretrain.plan.room import without_room_on
 from nano_pretrain.plan.whole import Plan
 from nano_pretrain.recipe.schema import PlanConfig
 
@@ -22,21 +23,21 @@ def notes(plan: Plan) -> list[str]:
 
 def warnings(plan: Plan) -> Iterator[str]:
     """What speaks against the plan, or is missing for it."""
-    for report in plan.stages.values():
-        if report.fits is False:
-            need = max(rank.total for rank in report.memory) / 1e9
-            has = f"{plan.device.name} has {plan.device.memory_gigabytes:g} GB"
-            yield f"DOES NOT FIT: {report.stage.name} needs {need:.1f} GB on its largest rank, {has}"
+    for refusal in without_room_on(plan.device, plan.recipe):
+        yield f"DOES NOT FIT: {refusal}"
+    if any(report.layout.pipeline > 1 for report in plan.stages.values()):
+        yield "the kernels and waits of a step are those of its slowest pipeline position, the rest is its bubble"
     if any(use.available is None for use in plan.data.sources.values()):
         yield f"no corpus is prepared at {plan.recipe.data.path}: epochs are not known"
+    if plan.recipe.precision.name.startswith("fp8") and plan.device.platform == "cpu":
+        yield f"{plan.recipe.precision.name} is counted as BF16, in time and memory: a CPU has no FP8 products"
 
 
 def assumptions(device: Device, settings: PlanConfig, calibration: Calibration | None) -> Iterator[str]:
     """What the predicted times rest on."""
-    shares = ", ".join(f"{name} {share:g}" for name, share in device.shares.items())
+    shares = ", ".join(f"{name} {share:g}" for name, share in device.shares.items() if device.tflops.get(name, 1))
     yield f"assumed: of {device.name}'s peaks kernels and collectives reach: {shares}"
-    overlap = "reduces gradients and gathers parameters" + (" meanwhile" if settings.overlap else " afterwards")
-    yield f"assumed: a step {overlap} (plan.overlap={str(settings.overlap).lower()})"
+    yield "assumed: overlap hides gradients behind the last backward pass and parameters behind the first forward pass"
     yield f"assumed: {settings.storage_gigabytes_per_second:g} GB/s to write checkpoints; {device.watts:g} W a device"
     yield f"not counted: {NOT_COUNTED}"
     yield _calibrated(calibration)
@@ -49,4 +50,6 @@ def _calibrated(calibration: Calibration | None) -> str:
         f"{stage} {speed:,.0f} measured, {calibration.predicted[stage]:,.0f} predicted"
         for stage, speed in calibration.measured.items()
     )
-    return f"calibrated: all times x {calibration.factor:.3g} by {calibration.path} (tokens per second: {pairs})"
+    by = calibration.recipe or "this recipe, because no recipe.yaml lies beside it"
+    speeds = f"tokens per second: {pairs}; predicted by {by}"
+    return f"calibrated: all times x {calibration.factor:.3g} by {calibration.path} ({speeds})"

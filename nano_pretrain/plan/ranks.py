@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 
 from nano_pretrain.plan.params import ParameterCount
 from nano_pretrain.recipe.derived import mamba_shape, padded_vocab_size
-from nano_pretrain.recipe.errors import RecipeError
 from nano_pretrain.recipe.pattern import LayerType, parse_pattern
 from nano_pretrain.recipe.schema import ModelConfig, ParallelConfig
+from nano_pretrain.recipe.split import pipeline_split
 
 
 @dataclass(frozen=True)
@@ -32,28 +33,30 @@ class Part:
     holds_head: bool
 
 
-def pipeline_parts(model: ModelConfig, layout: ParallelConfig) -> list[Part]:
-    """The pattern as megatron-core 0.16's MambaStack divides it: equal numbers of layers, in order.
+def pipeline_parts(model: ModelConfig, layout: ParallelConfig, sequence_length: int) -> list[Part]:
+    """The part of each pipeline position.
 
     Raises:
-        RecipeError: the pattern is wrong, or the positions do not divide it; megatron-core drops the remainder.
+        RecipeError: as `pipeline_split`.
     """
     layers = parse_pattern(model.pattern)
-    size, rest = divmod(len(layers), layout.pipeline)
-    if rest:
-        raise RecipeError(
-            "parallel.pipeline", f"{layout.pipeline} does not divide {len(layers)} layers", "write a divisor of it"
-        )
+    sizes = pipeline_split(model, layout, sequence_length)
+    ends = list(accumulate(sizes))
     return [
         Part(
             position=position,
-            first_layer=position * size,
-            layers=layers[position * size : (position + 1) * size],
+            first_layer=end - size,
+            layers=layers[end - size : end],
             holds_embedding=position == 0,
-            holds_head=position == layout.pipeline - 1,
+            holds_head=position == len(sizes) - 1,
         )
-        for position in range(layout.pipeline)
+        for position, (size, end) in enumerate(zip(sizes, ends, strict=True))
     ]
+
+
+def whole_model(model: ModelConfig) -> Part:
+    """The only part where nothing is divided by layers."""
+    return Part(0, 0, parse_pattern(model.pattern), holds_embedding=True, holds_head=True)
 
 
 @dataclass(frozen=True)

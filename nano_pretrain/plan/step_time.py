@@ -68,8 +68,9 @@ def step_time(recipe: Recipe, stage_name: str, device: Device) -> StepTime:
     Raises:
         RecipeError: the device cannot compute in the recipe's format.
     """
-    layout = stage_layout(recipe, recipe.stages[stage_name])
-    positions = [_Position(recipe, stage_name, device, part) for part in pipeline_parts(recipe.model, layout)]
+    stage = recipe.stages[stage_name]
+    parts = pipeline_parts(recipe.model, stage_layout(recipe, stage), stage.sequence_length)
+    positions = [_Position(recipe, stage_name, device, part) for part in parts]
     slowest = max(positions, key=lambda position: position.seconds)
     items = {item: slowest.micro_batches * slowest.micro_batch.get(item, 0.0) for item in ITEMS}
     items["bubble"] = sum(position.seconds for position in positions) - slowest.seconds
@@ -132,14 +133,15 @@ class _Position:
     def after(self) -> dict[str, float]:
         """Seconds of what follows the last micro-batch, by item.
 
-        With `plan.overlap` gradients have the time of the last backward pass, parameters that of the first forward
-        pass.
+        With `parallel.overlap` gradients have the time of the last backward pass, parameters that of the first forward
+        pass; on a CPU nothing is gained, where the cores that compute also copy what is sent.
         """
+        hides = self.layout.overlap and self.device.platform == "cuda"
         shares = {"gradients": BACKWARD_SHARE, "parameters": 1 - BACKWARD_SHARE}
         seconds = {"gradients": 0.0, "parameters": 0.0, "optimizer": self._optimizer()}
         for transfer in self.last:
             item = transfer.kind.rpartition(" ")[2]
-            window = shares[item] * self.seconds if self.recipe.plan.overlap else 0.0
+            window = shares[item] * self.seconds if hides else 0.0
             seconds[item] += max(0.0, transfer.seconds(self.groups[transfer.group], self.device) - window)
         return seconds
 

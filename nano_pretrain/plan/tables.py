@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from nano_pretrain.plan.blocks import LAYER_ITEMS, VOCABULARY
+from nano_pretrain.plan.cost import total_cost
 from nano_pretrain.plan.notes import notes
 from nano_pretrain.plan.whole import Plan, StageReport
 from nano_pretrain.report import words
@@ -43,21 +43,43 @@ MEMORY_WORDS = {
     "total": "all",
 }
 NOTHING = "-"
+ABREAST = 2
+"""Stages that have room beside each other."""
+LEAST = 1e-3
+"""What is smaller and not 0 is only called so."""
 
 Cells = dict[str, str]
 """Name of a row -> what one stage has there."""
 
 
+class _Console(Console):
+    """rich's own would exit by itself when the reader of stdout has gone; the command line knows better how."""
+
+    def on_broken_pipe(self) -> None:
+        """Called by rich."""
+        raise BrokenPipeError
+
+
 def new_console() -> Console:
-    """On stdout; names are printed as they are."""
-    width = None if sys.stdout.isatty() else WIDTH
-    return Console(width=width, markup=False, highlight=False, emoji=False)
+    """On stdout; names are printed as they are, in `WIDTH` columns or those of a narrower terminal."""
+    console = _Console(markup=False, highlight=False, emoji=False)
+    console.width = min(console.width, WIDTH) if console.is_terminal else WIDTH
+    return console
 
 
 def show_plan(console: Console, plan: Plan, figure: str) -> None:
     """Print the whole plan."""
-    console.print(f"{plan.recipe.run.name} on {plan.device.name}", style="bold")
-    for table in (_parameters(plan), _flops(plan), _stages(plan), _data(plan)):
+    console.print(_title(plan), style="bold")
+    if plan.recipe.stand_ins:
+        console.print(f"stand-ins for what is not published: {'; '.join(plan.recipe.stand_ins.values())}")
+    console.print()
+    stages = list(plan.stages.values())
+    for start in range(0, len(stages), ABREAST):
+        abreast = stages[start : start + ABREAST]
+        for table in (_parameters(plan, abreast), _flops(abreast), _stages(plan, abreast)):
+            console.print(table)
+    deep = [report for report in stages if report.layout.pipeline > 1]
+    for table in (*map(_positions, deep), _cost(stages), _data(plan)):
         console.print(table)
     for line in [*notes(plan), f"schedule and phases: {figure}"]:
         console.print(line)
@@ -67,7 +89,7 @@ def new_table(title: str, *headings: str, left: int = 1) -> Table:
     """A table whose first `left` columns are text and whose others are numbers."""
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     for index, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if index < left else "right")
+        table.add_column(heading, justify="left" if index < left else "right", overflow="fold")
     return table
 
 
@@ -77,24 +99,26 @@ def decimal(value: float) -> str:
         return NOTHING
     if abs(value) >= 999.5:
         return f"{value:,.0f}"
-    return f"{value:.3g}" if abs(value) >= 1e-3 else f"{value:.1e}"
+    return f"{value:.3g}" if abs(value) >= LEAST else f"< {LEAST:g}"
 
 
-def _parameters(plan: Plan) -> Table:
-    stages = plan.stages.values()
+def _title(plan: Plan) -> str:
+    title, parent = f"{plan.recipe.run.name} on {plan.device.name}", plan.recipe.pretraining_of
+    return f"{title}: no published pretraining schedule, takes its parent's, {parent}" if parent else title
+
+
+def _parameters(plan: Plan, stages: Sequence[StageReport]) -> Table:
     table = new_table("Parameters", "", "model", *(f"{report.stage.name}\nlargest rank" for report in stages))
-    for part, count in asdict(plan.parameters).items():
-        of_ranks = (max(getattr(rank, part) for rank in report.parameters) for report in stages)
-        table.add_row(part.replace("_", " "), f"{count:,}", *(f"{size:,}" for size in of_ranks))
+    counts = [max(report.parameters, key=lambda rank: rank.total) for report in stages]
+    for part in asdict(plan.parameters):
+        table.add_row(part.replace("_", " "), *(f"{getattr(count, part):,}" for count in (plan.parameters, *counts)))
     table.add_section()
-    largest = (max(rank.total for rank in report.parameters) for report in stages)
-    table.add_row("all", f"{plan.parameters.total:,}", *(f"{size:,}" for size in largest))
+    table.add_row("all", *(f"{count.total:,}" for count in (plan.parameters, *counts)))
     return table
 
 
-def _flops(plan: Plan) -> Table:
+def _flops(stages: Sequence[StageReport]) -> Table:
     """Of a training token: three forward passes of the model, and what the kernels execute."""
-    stages = list(plan.stages.values())
     headings = [f"{report.stage.name}\n{kind}" for report in stages for kind in ("model", "executed")]
     table = new_table("FLOPs of a training token", "", *headings)
     for item in (*LAYER_ITEMS.values(), VOCABULARY, "recomputation"):
@@ -115,15 +139,15 @@ def _scientific(value: float) -> str:
     return f"{value:.3e}" if value else NOTHING
 
 
-def _stages(plan: Plan) -> Table:
-    """Everything that is one number a stage."""
-    stages = list(plan.stages.values())
+def _stages(plan: Plan, stages: Sequence[StageReport]) -> Table:
+    """Everything that is one number a stage, and no cost."""
     table = new_table("Stages", "", *(report.stage.name for report in stages))
     _add_section(table, [_layout_cells(report, plan.recipe.recompute.granularity) for report in stages])
-    _add_section(table, [_memory_cells(report) for report in stages], "GB on the largest rank")
+    has = "" if plan.device.memory_gigabytes is None else f", of {plan.device.memory_gigabytes:g}"
+    _add_section(table, [_memory_cells(report) for report in stages], f"GB on the largest rank{has}")
     _add_section(table, [_sent_cells(report) for report in stages], "GB that a rank sends in a step")
     _add_section(table, [_time_cells(report) for report in stages], "seconds of a step")
-    _add_section(table, [_cost_cells(report) for report in stages])
+    _add_section(table, [_speed_cells(report) for report in stages])
     return table
 
 
@@ -148,8 +172,10 @@ def _layout_cells(report: StageReport, recompute: str) -> Cells:
         "sequence parallelism": "yes" if layout.sequence else "no",
         "recomputation": recompute,
         "sequence length": f"{stage.sequence_length:,}",
-        "batch": f"{stage.global_batch_size:,}",
-        "  of a rank in a step": f"{report.micro_batches} x {stage.micro_batch_size}",
+        "sequences of a step": f"{stage.global_batch_size:,}",
+        "  micro-batches of a rank": f"{report.micro_batches:,}",
+        "  sequences of a micro-batch": f"{stage.micro_batch_size:,}",
+        "tokens of a step": words.count(stage.tokens_per_step),
         "steps": f"{stage.steps:,}",
         "tokens": words.count(report.cost.tokens),
     }
@@ -167,21 +193,61 @@ def _sent_cells(report: StageReport) -> Cells:
 
 def _time_cells(report: StageReport) -> Cells:
     items = {name: decimal(report.time.items[item]) for item, name in TIME_WORDS.items()}
-    return items | {"all": decimal(report.time.total)}
+    other = f"all {'without' if report.layout.overlap else 'with'} overlap"
+    return items | {"all": decimal(report.time.total), other: decimal(report.other_seconds)}
 
 
-def _cost_cells(report: StageReport) -> Cells:
-    cost, checkpoints = report.cost, report.cost.checkpoints
-    return {
-        "tokens per second and device": decimal(cost.tokens_per_second / report.devices),
-        "MFU, dense peak of the parameters' format": f"{100 * report.mfu:.1f} %",
-        "GB of a checkpoint": decimal(checkpoints.bytes / 1e9),
-        "  seconds to write it": decimal(checkpoints.seconds),
-        "  how many": f"{checkpoints.count:,}",
-        "days": decimal(cost.days),
-        "device hours": decimal(cost.device_hours),
-        "MWh": decimal(cost.megawatt_hours),
-    }
+def _speed_cells(report: StageReport) -> Cells:
+    speed = {"tokens per second and device": decimal(report.cost.tokens_per_second / report.devices)}
+    for name, share in report.mfu.items():
+        peak = decimal(report.peaks[name] / report.devices / 1e12)
+        speed[f"MFU of {peak} TFLOP/s ({name.upper()})"] = words.percent(share)
+    return speed
+
+
+def _positions(report: StageReport) -> Table:
+    """Memory of one rank of each pipeline position."""
+    headings = ("position", "layers", "micro-\nbatches\nin flight", "weights\nand copies", "gradients",
+                "optimizer\nshard", "activations\nand states", "logits,\nbuffers", "all")  # fmt: skip
+    table = new_table(f"GB by pipeline position, {report.stage.name}", *headings, left=0)
+    for layers, rank in zip(report.layers, report.memory, strict=True):
+        sizes = (
+            rank.weights + rank.fp8_copies,
+            rank.gradients,
+            rank.optimizer,
+            rank.activations.total + rank.states,
+            rank.logits + rank.buffers,
+            rank.total,
+        )
+        counts = map(str, (rank.position, layers, rank.in_flight))
+        table.add_row(*counts, *(decimal(size / 1e9) for size in sizes))
+    return table
+
+
+def _cost(stages: Sequence[StageReport]) -> Table:
+    """What each stage costs, and what they cost together if there are several."""
+    headings = ("checkpoints", "GB\nof each", "seconds to\nwrite each", "TB\nof all", "time", "device hours", "MWh")
+    table = new_table("Cost", "", *headings)
+    for report in stages:
+        size, seconds, count = astuple(report.cost.checkpoints)
+        written = (f"{count:,}", decimal(size / 1e9), decimal(seconds))
+        table.add_row(report.stage.name, *written, *_sums(report))
+    if len(stages) > 1:
+        table.add_section()
+        table.add_row("all", "", "", "", *_sums(*stages))
+    return table
+
+
+def _sums(*stages: StageReport) -> tuple[str, ...]:
+    total = total_cost(report.cost for report in stages)
+    numbers = (decimal(total[name]) for name in ("device_hours", "megawatt_hours"))
+    return decimal(total["written_bytes"] / 1e12), _duration(total["seconds"]), *numbers
+
+
+def _duration(seconds: float) -> str:
+    units = {"days": 86_400, "hours": 3600, "minutes": 60, "seconds": 1}
+    unit = next((unit for unit, length in units.items() if seconds >= length), "seconds")
+    return f"{decimal(seconds / units[unit])} {unit}"
 
 
 def _data(plan: Plan) -> Table:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nano_pretrain.data.curriculum import StagePlan
 from nano_pretrain.plan.blocks import executed_flops
@@ -10,14 +10,14 @@ from nano_pretrain.plan.calibration import Calibration, calibrate
 from nano_pretrain.plan.cost import Cost, stage_cost
 from nano_pretrain.plan.data import DataPlan, plan_data
 from nano_pretrain.plan.device import Device, load_device
-from nano_pretrain.plan.flops import ModelFlops, count_flops
 from nano_pretrain.plan.memory import RankMemory, stage_memory
 from nano_pretrain.plan.params import ParameterCount, count_parameters
 from nano_pretrain.plan.ranks import RankParameters, pipeline_parts, rank_parameters
 from nano_pretrain.plan.step_time import StepTime, step_time
-from nano_pretrain.plan.work import plain_format
+from nano_pretrain.plan.work import layer_format, plain_format
 from nano_pretrain.platform.cuda_limits import check_scan
 from nano_pretrain.recipe.derived import stage_layout, stage_ranks
+from nano_pretrain.recipe.flops import ModelFlops, count_flops
 from nano_pretrain.recipe.schema import ParallelConfig, Recipe, StageConfig
 
 
@@ -31,12 +31,14 @@ class StageReport:
         devices: its ranks.
         model_flops: of a token, forward, by layer type.
         executed: FLOPs that kernels execute for a training token, by item.
+        layers: how many each pipeline position holds.
         parameters: of a rank of each pipeline position.
         memory: of a rank of each pipeline position.
         fits: whether all of them have room; None if the hardware's memory is not known.
         time: of a step, calibrated.
+        other_seconds: of a step with the other `parallel.overlap`, calibrated.
         cost: of the stage.
-        peak_flops: dense peak of all ranks in the format that `mfu` refers to.
+        peaks: format -> dense peak of all ranks in FLOP/s: the parameters' format, and FP8 if linears multiply in it.
     """
 
     stage: StagePlan
@@ -44,12 +46,14 @@ class StageReport:
     devices: int
     model_flops: ModelFlops
     executed: dict[str, float]
+    layers: list[int]
     parameters: list[RankParameters]
     memory: list[RankMemory]
     fits: bool | None
     time: StepTime
+    other_seconds: float
     cost: Cost
-    peak_flops: float
+    peaks: dict[str, float]
 
     @property
     def config(self) -> StageConfig:
@@ -67,9 +71,10 @@ class StageReport:
         return self.stage.global_batch_size // (self.data_parallel * self.stage.micro_batch_size)
 
     @property
-    def mfu(self) -> float:
-        """Model FLOPs over the dense peak of the parameters' format, as in metrics.jsonl."""
-        return self.cost.tokens_per_second * self.model_flops.training / self.peak_flops
+    def mfu(self) -> dict[str, float]:
+        """Model FLOPs over each of `peaks`; the first is that of metrics.jsonl."""
+        speed = self.cost.tokens_per_second * self.model_flops.training
+        return {name: speed / peak for name, peak in self.peaks.items()}
 
 
 @dataclass(frozen=True)
@@ -110,21 +115,32 @@ def make_plan(recipe: Recipe) -> Plan:
 
 def _report(recipe: Recipe, stage: StagePlan, device: Device, factor: float) -> StageReport:
     layout, devices = stage_layout(recipe, stage.config), stage_ranks(recipe, stage.config)
+    parts = pipeline_parts(recipe.model, layout, stage.sequence_length)
     memory = stage_memory(recipe, stage.name, platform=device.platform)
     time = step_time(recipe, stage.name, device).scaled(factor)
+    other = replace(stage.config, parallel=replace(layout, overlap=not layout.overlap))
     return StageReport(
         stage=stage,
         layout=layout,
         devices=devices,
         model_flops=count_flops(recipe.model, stage.sequence_length),
         executed=executed_flops(recipe, stage.name, device.platform),
-        parameters=[rank_parameters(recipe.model, layout, part) for part in pipeline_parts(recipe.model, layout)],
+        layers=[len(part.layers) for part in parts],
+        parameters=[rank_parameters(recipe.model, layout, part) for part in parts],
         memory=memory,
         fits=fits(memory, device),
         time=time,
+        other_seconds=factor * step_time(replace(recipe, stages={stage.name: other}), stage.name, device).total,
         cost=stage_cost(recipe, stage, time.total, device),
-        peak_flops=devices * device.peak(plain_format(recipe.precision)),
+        peaks={name: devices * device.peak(name) for name in _formats(recipe, device)},
     )
+
+
+def _formats(recipe: Recipe, device: Device) -> list[str]:
+    """The parameters' format, then what else linears multiply in."""
+    layers = range(len(recipe.model.pattern))
+    of_layers = (layer_format(recipe.model, recipe.precision, layer, device.platform) for layer in layers)
+    return list(dict.fromkeys([plain_format(recipe.precision), *of_layers]))
 
 
 def fits(memory: list[RankMemory], device: Device) -> bool | None:

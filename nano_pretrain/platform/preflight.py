@@ -24,7 +24,7 @@ def check_dependencies(recipe: Recipe) -> None:
 
     Raises:
         UserError: a package is missing or of another version than this package declares.
-        RecipeError: the recipe asks for what this version would silently leave out, or for wandb without a key.
+        RecipeError: the recipe asks for wandb without a key.
     """
     for package, reason in UNDECLARED.items():
         if find_spec(package) is None:
@@ -32,18 +32,6 @@ def check_dependencies(recipe: Recipe) -> None:
     check_versions(EVERYWHERE)
     if recipe.log.wandb == "online" and not _has_wandb_key():
         raise RecipeError("log.wandb", "online needs an API key", "set WANDB_API_KEY or write log.wandb=offline")
-    if recipe.precision.name.startswith("fp8"):
-        raise RecipeError(
-            "precision.name", f"{recipe.precision.name} is not available in this version", "write precision=bf16"
-        )
-    layouts = {f"stages.{name}.parallel": stage.parallel for name, stage in recipe.stages.items() if stage.parallel}
-    for field, layout in {"parallel": recipe.parallel, **layouts}.items():
-        if layout.context > 1:
-            raise RecipeError(
-                f"{field}.context",
-                "context parallelism is not available in this version",
-                f"write {field}.context=1",
-            )
 
 
 def _has_wandb_key() -> bool:

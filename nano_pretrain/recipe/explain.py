@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import MISSING, fields
 from difflib import get_close_matches
 
 from hydra.errors import MissingConfigException, OverrideParseException
+from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from nano_pretrain.recipe.errors import RecipeError
+from nano_pretrain.recipe.schema import Recipe
 
 _WRONG_VALUES = (
     ("could not be converted to Integer", "is not a whole number", "write digits only, for example 1000000"),
@@ -21,6 +26,9 @@ _WRONG_VALUES = (
     ("Cannot merge", "has another shape than the value it replaces", "write a mapping {{name: value}}"),
 )
 """What OmegaConf says, what is wrong, what to do."""
+
+PLAIN_FIELDS = frozenset(item.name for item in fields(Recipe) if item.default is not MISSING)
+"""Values that stand beside the groups of fields, where a word chooses no file."""
 
 
 def explain(error: Exception, overrides: Sequence[str]) -> str:
@@ -44,6 +52,24 @@ def explain(error: Exception, overrides: Sequence[str]) -> str:
         if line := known(error, str(cause), overrides):
             return line
     return f"{_first_line(str(cause))}; `nano-pretrain VERB --help` lists the fields"
+
+
+def check_truths(recipe: Recipe, overrides: Sequence[str]) -> None:
+    """Refuse a number other than 0 and 1 for true or false; OmegaConf takes each for true.
+
+    Args:
+        recipe: what was composed.
+        overrides: the command line's.
+
+    Raises:
+        RecipeError: the first such override.
+    """
+    config = OmegaConf.structured(recipe)
+    for override in overrides:
+        field, _, value = override.lstrip("+").partition("=")
+        number = re.fullmatch(r"[-+]?[\d._]+(e[-+]?\d+)?", value, re.IGNORECASE)
+        if number and value not in ("0", "1") and isinstance(OmegaConf.select(config, field), bool):
+            raise RecipeError(field, f"{value!r} is neither true nor false", "write one of them")
 
 
 def _unknown_option(error: MissingConfigException) -> str:
@@ -71,9 +97,8 @@ def _group_choice(error: Exception, text: str, overrides: Sequence[str]) -> str 
     # Hydra stumbles over a list with whatever error its elements lead to.
     if not text.startswith("Config group override") and not isinstance(error, TypeError):
         return None
-    part = next(
-        (part for part in reversed(overrides) if re.match(r"\w*=(null$|true$|false$|[\d\[{.-])", part)), "recipe="
-    )
+    chosen = (part for part in reversed(overrides) if part.partition("=")[0] not in PLAIN_FIELDS)
+    part = next((part for part in chosen if re.match(r"\w*=(null$|true$|false$|[\d\[{.-])", part)), "recipe=")
     group = part.partition("=")[0] or part
     return f"{group}: is not the name of a file; write for example recipe=tiny or model=tiny"
 

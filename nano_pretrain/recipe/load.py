@@ -39,14 +39,21 @@ def typed_recipe(config: DictConfig) -> Recipe:
         # As a plain container: `+field=value` adds to the composed configuration what the schema does not know.
         plain = OmegaConf.to_container(config, resolve=True)
         recipe = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), plain))
+        assert isinstance(recipe, Recipe)
+        recipe.stand_ins = {said: why for said, why in recipe.stand_ins.items() if _holds(config, said)}
     except OmegaConfBaseException as error:
         raise UserError(explain(error, ())) from error
-    assert isinstance(recipe, Recipe)
     for name, stage in recipe.stages.items():
         for phase_name, phase in stage.phases.items():
             phase.blend = _blend(f"stages.{name}.phases.{phase_name}.blend", phase.blend)
     check(recipe)
     return recipe
+
+
+def _holds(config: DictConfig, said: str) -> bool:
+    """Whether a field has the value that `field=value` says, a number as Python prints it."""
+    field, _, value = said.partition("=")
+    return str(OmegaConf.select(config, field)) == value
 
 
 def _blend(field: str, blend: Any) -> dict[str, float]:

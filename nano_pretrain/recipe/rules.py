@@ -11,9 +11,11 @@ from typing import Any
 from nano_pretrain.recipe.derived import stage_layout, stage_ranks
 from nano_pretrain.recipe.errors import RecipeError
 from nano_pretrain.recipe.pattern import count_layers
+from nano_pretrain.recipe.rules_gpu import cuda_graphs, tensor_overlap
+from nano_pretrain.recipe.rules_layout import check_split, divisors, layout_field, ranks_field, sequence_shards
 from nano_pretrain.recipe.rules_precision import bf16_linears, fp8_multiples
-from nano_pretrain.recipe.rules_stages import context_splits_groups, whole_steps
-from nano_pretrain.recipe.schema import ModelConfig, ParallelConfig, Recipe, StageConfig
+from nano_pretrain.recipe.rules_stages import whole_steps
+from nano_pretrain.recipe.schema import ParallelConfig, Recipe, StageConfig
 
 POSITIVE = frozenset({
     "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "head_dim", "mamba_num_heads",
@@ -21,27 +23,34 @@ POSITIVE = frozenset({
     "pipeline", "context", "eps", "clip_grad", "lr", "tokens", "sequence_length", "micro_batch_size",
     "global_batch_size", "gpus", "train_bytes", "max_bytes_per_source", "max_epochs", "quota_window",
     "tokens_per_source", "keep", "timeout_seconds", "threads_per_rank", "peak_tflops", "max_new_tokens",
-    "grace_seconds", "share", "storage_gigabytes_per_second",
+    "grace_seconds", "share", "storage_gigabytes_per_second", "checkpoint",
+    "bucket_size",
 })  # fmt: skip
 """Last names of the fields that must be above 0."""
 
 NOT_NEGATIVE = frozenset({
     "bf16_first_linears", "bf16_last_linears", "weight_decay", "min_lr", "warmup_tokens", "decay_tokens", "every",
-    "temperature",
+    "fp8_every", "temperature", "seed",
 })  # fmt: skip
 """Last names of the fields that must be 0 or above."""
 
 LARGEST = {
     "seed": 2**63 - 1,
     "tokens": 10**18,
+    "checkpoint": 10**18,
+    "bucket_size": 10**12,
     "max_new_tokens": 10**6,
     "timeout_seconds": 10**7,
     "grace_seconds": 10**7,
     "threads_per_rank": 4096,
     **dict.fromkeys(("hidden_size", "ffn_hidden_size", "vocab_size", "mamba_state_dim", "mamba_conv_width"), 10**8),
-    **dict.fromkeys(("num_attention_heads", "head_dim", "mamba_num_heads", "mamba_head_dim"), 10**6),
+    **dict.fromkeys(("num_attention_heads", "num_query_groups", "head_dim"), 10**6),
+    **dict.fromkeys(("mamba_num_heads", "mamba_head_dim", "mamba_num_groups"), 10**6),
+    **dict.fromkeys(("tensor", "pipeline", "context"), 10**6),
+    **dict.fromkeys(("max_epochs", "keep", "peak_tflops", "storage_gigabytes_per_second"), 10**6),
     **dict.fromkeys(("sequence_length", "global_batch_size", "micro_batch_size", "gpus"), 10**9),
-    **dict.fromkeys(("train_bytes", "max_bytes_per_source", "tokens_per_source", "quota_window", "every"), 10**15),
+    **dict.fromkeys(("train_bytes", "max_bytes_per_source", "tokens_per_source", "quota_window"), 10**15),
+    **dict.fromkeys(("every", "fp8_every"), 10**15),
     **dict.fromkeys(("lr", "init_std", "weight_decay", "temperature"), 100),
     **dict.fromkeys(("norm_epsilon", "eps"), 1),
 }
@@ -117,11 +126,13 @@ def _check_choice(name: str, value: Any) -> None:
         raise RecipeError(name, f"{value!r} is unknown", f"choose one of {', '.join(choices)}")
 
 
-def _divides(field: str, value: int, divisor: int, by: str) -> None:
+def _divides(field: str, value: int, divisor: int, by: str, owner: str = "") -> None:
+    """Refuse a value that `by` does not divide, which is the field `owner` or follows from it."""
     if value % divisor:
         lower, upper = value - value % divisor, value - value % divisor + divisor
         near = f"{lower} or {upper}" if lower else f"{upper}"
-        raise RecipeError(field, f"{value} is not divisible by {by} = {divisor}", f"write {near}, or change {by}")
+        fix = f"write {near}, or change {owner or by}"
+        raise RecipeError(field, f"{value} is not divisible by {by} = {divisor}", fix)
 
 
 def model_shapes(recipe: Recipe) -> None:
@@ -184,36 +195,11 @@ def check_layout(recipe: Recipe, stage_name: str) -> None:
     Raises:
         RecipeError: the first that it does not.
     """
+    check_split(recipe, stage_name)
     stage = recipe.stages[stage_name]
-    prefix = f"stages.{stage_name}.parallel" if stage.parallel else "parallel"
-    layout = stage_layout(recipe, stage)
-    _layout_fits_model(prefix, layout, recipe.model)
-    source = "cluster.gpus" if stage.gpus is None else f"stages.{stage_name}.gpus"
-    check_ranks(f"stages.{stage_name}", prefix, stage, layout, stage_ranks(recipe, stage), source)
-
-
-def _layout_fits_model(prefix: str, layout: ParallelConfig, model: ModelConfig) -> None:
-    counts = count_layers(model.pattern)
-    by = f"{prefix}.tensor"
-    if counts.attention:
-        _divides("model.num_attention_heads", model.num_attention_heads, layout.tensor, by)
-        _divides("model.num_query_groups", model.num_query_groups, layout.tensor, by)
-    if counts.mamba:
-        _divides("model.mamba_num_groups", model.mamba_num_groups, layout.tensor, by)
-        both = layout.tensor * layout.context
-        _divides("model.mamba_num_heads", model.mamba_num_heads, both, f"{prefix}.tensor x context")
-    if counts.feed_forward:
-        _divides("model.ffn_hidden_size", model.ffn_hidden_size, layout.tensor, by)
-    if 1024 % layout.tensor:
-        raise RecipeError(by, f"{layout.tensor} does not divide the padded vocabulary", "write a power of two")
-    # megatron-core 0.16 would silently drop the remainder.
-    _divides("model.pattern", len(model.pattern), layout.pipeline, f"{prefix}.pipeline")
-    if layout.sequence and layout.tensor == 1:
-        raise RecipeError(
-            f"{prefix}.sequence",
-            "sequence parallelism needs tensor parallelism",
-            f"write {prefix}.sequence=false or {by}=2",
-        )
+    prefix, source = layout_field(stage_name, stage), ranks_field(stage_name, stage)
+    layout, ranks = stage_layout(recipe, stage), stage_ranks(recipe, stage)
+    check_ranks(f"stages.{stage_name}", prefix, stage, layout, ranks, source)
 
 
 def check_ranks(field: str, prefix: str, stage: StageConfig, layout: ParallelConfig, ranks: int, source: str) -> int:
@@ -232,13 +218,13 @@ def check_ranks(field: str, prefix: str, stage: StageConfig, layout: ParallelCon
     """
     model_ranks = layout.tensor * layout.pipeline * layout.context
     near = _near_ranks(stage, model_ranks, ranks)
-    counts = " or ".join(map(str, near))
+    counts = " or ".join(map(str, near)) or f"a multiple of {model_ranks}"
     start = f"start {counts} ranks" if source == "started" else f"write {source}={counts}"
     if ranks % model_ranks:
         raise RecipeError(
             prefix,
             f"tensor x pipeline x context = {model_ranks} does not divide the {ranks} ranks ({source})",
-            f"{start if near else f'start a multiple of {model_ranks} ranks'} or shrink the layout",
+            f"{start} or shrink the layout",
         )
     data_parallel = ranks // model_ranks
     together = data_parallel * stage.micro_batch_size
@@ -250,8 +236,8 @@ def check_ranks(field: str, prefix: str, stage: StageConfig, layout: ParallelCon
             f"{model_ranks} to a model) x micro_batch_size {stage.micro_batch_size}",
             f"{start}, or {fix}" if near else fix,
         )
-    shards = layout.tensor * (2 * layout.context if layout.context > 1 else 1)
-    _divides(f"{field}.sequence_length", stage.sequence_length, shards, f"{prefix} (sequence shards)")
+    shards, length = sequence_shards(layout), f"{field}.sequence_length"
+    _divides(length, stage.sequence_length, math.prod(shards.values()), " x ".join(shards), prefix)
     return data_parallel
 
 
@@ -260,8 +246,7 @@ def _near_ranks(stage: StageConfig, model_ranks: int, ranks: int) -> list[int]:
     samples, rest = divmod(stage.global_batch_size, stage.micro_batch_size)
     if rest:
         return []
-    small = [divisor for divisor in range(1, math.isqrt(samples) + 1) if samples % divisor == 0]
-    working = {model_ranks * divisor for divisor in [*small, *(samples // divisor for divisor in small)]} - {ranks}
+    working = {model_ranks * divisor for divisor in divisors(samples)} - {ranks}
     return sorted(sorted(working, key=lambda count: (abs(count - ranks), count))[:2])
 
 
@@ -282,6 +267,13 @@ def distributed_optimizer(recipe: Recipe) -> None:
                 "differs from parallel.distributed_optimizer, and a checkpoint cannot change it",
                 "write the same in all stages",
             )
+
+
+def profiled_steps(recipe: Recipe) -> None:
+    """The profile is of a first to a last step."""
+    steps = recipe.log.profile
+    if steps is not None and (len(steps) != 2 or not 1 <= steps[0] <= steps[1]):
+        raise RecipeError("log.profile", f"{list(steps)} is not a first and a last step", "write for example [10,12]")
 
 
 def validation_reads_samples(recipe: Recipe) -> None:
@@ -313,9 +305,11 @@ RULES: tuple[Callable[[Recipe], None], ...] = (
     optimizer_ranges,
     bf16_linears,
     layouts,
-    context_splits_groups,
     fp8_multiples,
     distributed_optimizer,
+    tensor_overlap,
+    cuda_graphs,
+    profiled_steps,
     validation_reads_samples,
     whole_steps,
     names,

@@ -64,7 +64,22 @@ class ParallelConfig:
     tensor: int = option(1, "Tensor-parallel ranks.")
     pipeline: int = option(1, "Pipeline stages.")
     context: int = option(1, "Context-parallel ranks.")
+    pipeline_layers: Optional[list[int]] = option(
+        None, "Layers of each pipeline stage, for example [15, 16, 16, 15]; null balances their FLOPs."
+    )
     sequence: bool = option(False, "Shard activations between tensor-parallel regions along the sequence.")
+    overlap: bool = option(
+        True, "Reduce gradients during the backward pass, and gather updated parameters during the forward pass."
+    )
+    bucket_size: Optional[int] = option(
+        None, "Parameters whose gradients are reduced together; null is 40M, or 1M for each data-parallel rank if more."
+    )
+    tensor_overlap: bool = option(
+        False, "Send between tensor-parallel GPUs during matrix products, by Transformer Engine's user buffers."
+    )
+    cuda_graphs: bool = option(
+        False, "Launch each layer's forward and backward pass as one CUDA graph, captured in the first step."
+    )
     distributed_optimizer: bool = option(
         True, "Shard optimizer state over the data-parallel ranks (ZeRO-1); false is for fp32 only.", FIXED
     )
@@ -192,6 +207,12 @@ class LogConfig:
     tensorboard: bool = option(True, "Write TensorBoard events to logs/.")
     wandb: str = option("offline", "offline | online | disabled; never asks for a login.")
     wandb_project: str = option("nano_pretrain", "Project of the wandb run.")
+    fp8_every: int = option(
+        100, "Steps between two lines of fp8.jsonl: what quantisation loses in each FP8 linear of a CPU; 0 writes none."
+    )
+    profile: Optional[list[int]] = option(
+        None, "First and last step to profile, for example [10,12]: logs/trace-rank-N.json for chrome://tracing."
+    )
 
 
 @dataclass
@@ -254,9 +275,6 @@ class PlanConfig:
     metrics: Optional[str] = option(
         None, "A metrics.jsonl whose measured tokens_per_second scales all speeds; null trusts the hardware's file."
     )
-    overlap: bool = option(
-        False, "Reduce gradients and gather parameters while computing; the trainer of this version waits for both."
-    )
     storage_gigabytes_per_second: float = option(10.0, "Speed at which all ranks together write a checkpoint.")
     dir: Optional[str] = option(None, "Directory of plan.png, schedule and phases as a picture; null means the run's.")
 
@@ -280,4 +298,12 @@ class Recipe:
     run: RunConfig = option(RunConfig, "Identity.")
     generate: GenerateConfig = option(GenerateConfig, "Generation.")
     plan: PlanConfig = option(PlanConfig, "Planning.")
+    stand_ins: dict[str, str] = option(
+        dict,
+        "Values that nothing published gives: field=value -> what stands in for what; an entry whose field has another "
+        "value is dropped.",
+    )
+    pretraining_of: Optional[str] = option(
+        None, "Recipe whose pretraining this one takes, because none of its pruned model is published; null: its own."
+    )
     dry_run: bool = option(False, "Check everything, say what would happen, and stop.")

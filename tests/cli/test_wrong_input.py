@@ -48,7 +48,7 @@ NAMES_AND_FORM = [
 ]  # fmt: skip
 TYPES = [
     ("model.hidden_size=abc", ["model.hidden_size: 'abc' is not a whole number", "write digits"]),
-    ("stages.pretrain.tokens=1e6", ["stages.pretrain.tokens: '1000000.0' is not a whole number", "1000000"]),
+    ("stages.pretrain.tokens=1.5e0", ["stages.pretrain.tokens: '1.5' is not a whole number", "1000000"]),
     ("run.seed=1.5", ["run.seed: '1.5' is not a whole number", "write digits"]),
     (f"{SCHEDULE}.lr=fast", [f"{SCHEDULE}.lr: 'fast' is not a number", "3.0e-4"]),
     ("parallel.sequence=maybe", ["parallel.sequence: 'maybe' is neither true nor false", "write one of them"]),
@@ -73,6 +73,12 @@ NUMBERS = [
     ("checkpoint.keep=0", ["checkpoint.keep: 0 is not positive", "above 0"]),
     ("cluster.gpus=0", ["cluster.gpus: 0 is not positive", "above 0"]),
     ("generate.top_p=0", ["generate.top_p: 0.0 is outside (0, 1]", "0.95"]),
+    ("generate.checkpoint=-5", ["generate.checkpoint: -5 is not positive", "above 0"]),
+    ("data.seed=-1", ["data.seed: -1 is negative", "0 or more"]),
+    (f"checkpoint.keep=1{30 * '0'}", ["checkpoint.keep: 1000", "is too large", "at most 1000000"]),
+    ("cluster.peak_tflops=1e30", ["cluster.peak_tflops: 1e+30 is too large", "at most 1000000"]),
+    ("data.max_epochs=1e30", ["data.max_epochs: 1e+30 is too large", "at most 1000000"]),
+    ("parallel.distributed_optimizer=-1", ["parallel.distributed_optimizer: '-1' is neither true nor false", "write"]),
     ("generate.temperature=-1", ["generate.temperature: -1.0 is negative", "0 or more"]),
 ]
 CHOICES = [
@@ -94,13 +100,18 @@ SHAPES = [
     ("model.mamba_num_groups=3", ["model.mamba_num_heads: 4 is not divisible", "write 3 or 6"]),
     ("model.vocab_size=300", ["model.vocab_size: 300 does not hold", "512 or more"]),
     ("data.tokenizer.kind=tekken", ["model.vocab_size: Tekken has 131072 entries", "model.vocab_size=131072"]),
-    ("parallel.tensor=4", ["model.num_query_groups: 2 is not divisible by parallel.tensor = 4", "write 4"]),
-    ("parallel.pipeline=4", ["model.pattern: 5 is not divisible by parallel.pipeline = 4", "write 4 or 8"]),
+    ("parallel.tensor=4", ["parallel.tensor: 4 does not divide model.num_query_groups = 2", "write 1 or 2"]),
+    ("parallel.pipeline=6", ["parallel.pipeline: 6 is more than the 5 layers of model.pattern", "write 5 or less"]),
+    *(
+        (f"parallel.pipeline_layers={sizes}", [f"parallel.pipeline_layers: {sizes} does not divide 5", "or null"])
+        for sizes in ("[4]", "[4, 1]", "[]")
+    ),
+    ("parallel.pipeline_layers=[x]", ["parallel.pipeline_layers"]),
     ("parallel.sequence=true", ["parallel.sequence: sequence parallelism needs", "parallel.sequence=false"]),
     ("stages.pretrain.gpus=3", ["stages.pretrain.global_batch_size: 8 is not divisible", "multiple of 6"]),
     ("stages.pretrain.micro_batch_size=3", ["global_batch_size: 8 is not divisible", "multiple of 6"]),
     ("precision=fp8_blockwise", ["model.mamba_num_heads: 324 rows of a Mamba-2 input", "precision=bf16"]),
-    ("parallel.context=2", ["parallel.context: context parallelism is not available", "parallel.context=1"]),
+    ("parallel.context=8", ["parallel.context: tensor x context = 8 does not divide", "write 1, 2 or 4"]),
 ]
 CURRICULUM = [
     (f"{SCHEDULE}.min_lr=1", [f"{SCHEDULE}.min_lr: 1.0 is above the peak", "lower min_lr"]),
@@ -151,6 +162,18 @@ def test_wrong_input_is_answered_in_one_line(
     assert_one_line(answer, words)
     assert files(tmp_path) == []
     assert files(corpus) == before
+
+
+@pytest.mark.parametrize("choice", ["extension=null", "extension=[1]", "model=true"])
+def test_a_group_that_is_no_name_is_named_whatever_else_is_written(cli: Cli, choice: str) -> None:
+    group = choice.partition("=")[0]
+    assert_one_line(cli("train", choice, "dry_run=true"), [f"{group}: is not the name of a file", "model=tiny"])
+
+
+@pytest.mark.parametrize("verb", ["prepare", "plan", "train", "launch"])
+def test_a_number_for_a_truth_is_refused_by_all_that_depends_on_it(cli: Cli, tmp_path: Path, verb: str) -> None:
+    assert_one_line(cli(verb, "dry_run=2"), ["dry_run: '2' is neither true nor false", "write one of them"])
+    assert files(tmp_path) == []
 
 
 @pytest.mark.parametrize("verb", ["prepare", "train", "launch", "generate", "report"])

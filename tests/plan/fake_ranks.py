@@ -15,6 +15,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from nano_pretrain.platform import cpu
 from nano_pretrain.recipe.schema import ParallelConfig, Recipe
 
+LENGTH = 4096
+"""Sequence length that the layers are divided for."""
+
 
 class MetaPlatform(cpu.CpuPlatform):
     """The CPU, whose tensors are on the meta device."""
@@ -91,7 +94,7 @@ def meta_model(recipe: Recipe, place: Place, platform: MetaPlatform) -> Any:
     from nano_pretrain.model import hybrid
 
     with mock.patch.object(hybrid, "initialise_weights"):
-        return hybrid.build_model(recipe, place.layout, platform, 4096)
+        return hybrid.build_model(recipe, place.layout, platform, LENGTH)
 
 
 @dataclass(frozen=True)

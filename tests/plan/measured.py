@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from nano_pretrain.parallel.groups import context_parallel_place
 from nano_pretrain.platform import Platform
+from nano_pretrain.recipe.derived import stage_ranks
 from nano_pretrain.recipe.schema import ParallelConfig, Recipe
 from tests.distributed.training import groups
 from tests.model.recipes import small_recipe
@@ -14,7 +16,7 @@ from tests.model.recipes import small_recipe
 
 @dataclass(frozen=True)
 class Size:
-    """A model and its micro-batches; heads, groups and states follow from the width."""
+    """A model and its micro-batches; heads, groups and states follow from the width, and `feed_forward` by default."""
 
     pattern: str
     width: int
@@ -22,6 +24,7 @@ class Size:
     length: int
     vocabulary: int
     precision: str
+    feed_forward: int | None = None
 
 
 SIZES = {
@@ -32,14 +35,16 @@ SIZES = {
 }
 
 
-def recipe_of(size: Size, granularity: str, layout: ParallelConfig, ranks: int) -> Recipe:
-    """A recipe of this size: two micro-batches a step on each data-parallel rank, documents reset."""
+def recipe_of(
+    size: Size, granularity: str, layout: ParallelConfig, ranks: int, kernels: str = "native", micro_batches: int = 2
+) -> Recipe:
+    """A recipe of this size: so many micro-batches a step on each data-parallel rank, documents reset."""
     width = size.width
     recipe = small_recipe(
         size.precision,
         pattern=size.pattern,
         hidden_size=width,
-        ffn_hidden_size=4 * width,
+        ffn_hidden_size=size.feed_forward or 4 * width,
         num_attention_heads=8,
         num_query_groups=4,
         head_dim=width // 8,
@@ -50,16 +55,17 @@ def recipe_of(size: Size, granularity: str, layout: ParallelConfig, ranks: int) 
         vocab_size=size.vocabulary,
         init_std=0.02,
     )
-    replicas = ranks // (layout.tensor * layout.pipeline)
+    replicas = ranks // (layout.tensor * layout.pipeline * layout.context)
     stage = replace(
         recipe.stages["pretrain"],
         sequence_length=size.length,
         micro_batch_size=size.batch,
-        global_batch_size=2 * size.batch * replicas,
+        global_batch_size=micro_batches * size.batch * replicas,
         parallel=layout,
         gpus=ranks,
     )
     recipe.recompute.granularity = granularity
+    recipe.cluster.cpu_kernels = kernels
     return replace(recipe, stages={"pretrain": stage})
 
 
@@ -93,15 +99,18 @@ def _measure(recipe: Recipe, layout: ParallelConfig, platform: Platform) -> Meas
 
     stage = recipe.stages["pretrain"]
     shape = (stage.sequence_length, stage.micro_batch_size)
-    batches = [batch(recipe, shape[1], shape[0], seed=seed) for seed in range(4)]
+    replicas = stage_ranks(recipe, stage) // (layout.tensor * layout.pipeline * layout.context)
+    count = stage.global_batch_size // (stage.micro_batch_size * replicas)
+    place = context_parallel_place()
+    batches = [batch(recipe, shape[1], shape[0], seed=seed).of_context(place) for seed in range(2 * count)]
     tensors = LiveTensors()
     with tensors:
         model = _model(recipe, layout, platform)
         trainable = Trainable(recipe, layout, platform, model)
-        trainable.step(iter(batches[:2]), 2, shape, lr=1e-3, stop=False)
+        trainable.step(iter(batches[:count]), count, shape, lr=1e-3, stop=False)
         between = tensors.count()
         tensors.peak = 0
-        result = trainable.step(iter(batches[2:]), 2, shape, lr=1e-3, stop=False)
+        result = trainable.step(iter(batches[count:]), count, shape, lr=1e-3, stop=False)
     return Measured(between, tensors.peak, result.loss)
 
 
@@ -109,5 +118,5 @@ def _model(recipe: Recipe, layout: ParallelConfig, platform: Platform) -> Any:
     from nano_pretrain.kernels.native.library import choose_kernels
     from nano_pretrain.model.hybrid import build_model
 
-    choose_kernels("native")
+    choose_kernels(recipe.cluster.cpu_kernels)
     return build_model(recipe, layout, platform, recipe.stages["pretrain"].sequence_length)

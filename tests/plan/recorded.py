@@ -15,6 +15,7 @@ OPERATIONS = {
     "c10d::allreduce_coalesced_": "all-reduce",
     "c10d::allgather_into_tensor_coalesced_": "all-gather",
     "c10d::reduce_scatter_tensor_coalesced_": "reduce-scatter",
+    "c10d::alltoall_base_": "all-to-all",
     "c10d::send": "send",
 }
 SILENT = ("c10d::recv_", "c10d::broadcast_", "c10d::barrier")

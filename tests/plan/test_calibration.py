@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from nano_pretrain.plan.calibration import calibrate
+from nano_pretrain.plan.notes import assumptions
 from nano_pretrain.plan.step_time import step_time
 from nano_pretrain.plan.whole import make_plan
 from nano_pretrain.recipe.errors import RecipeError
@@ -62,8 +63,26 @@ def test_the_plan_scales_times_and_costs(tmp_path: Path) -> None:
     path = write(tmp_path / "metrics.jsonl", [speed / 3])
     scaled = make_plan(measured(recipe, path)).stages[STAGE]
     assert scaled.cost.tokens_per_second == pytest.approx(speed / 3)
-    assert scaled.mfu == pytest.approx(plain.mfu / 3)
+    assert scaled.mfu["bf16"] == pytest.approx(plain.mfu["bf16"] / 3)
+    assert scaled.other_seconds == pytest.approx(3 * plain.other_seconds)
     assert scaled.cost.device_hours == pytest.approx(3 * plain.cost.device_hours, rel=1e-3)
+
+
+def test_it_is_said_by_which_recipe_the_run_is_predicted(tmp_path: Path) -> None:
+    recipe = small()
+    path = write(tmp_path / "metrics.jsonl", [1000.0])
+    alone = calibrate(measured(recipe, path), CPU)
+    assert alone is not None
+    assert alone.recipe is None
+    recipe.data.corpus = "any"
+    (tmp_path / "recipe.yaml").write_text(to_yaml(recipe))
+    beside = calibrate(measured(recipe, path), CPU)
+    assert beside is not None
+    assert beside.recipe == str(tmp_path / "recipe.yaml")
+    settings = PlanConfig(hardware="cpu")
+    lines = ["\n".join(assumptions(CPU, settings, found)) for found in (alone, beside)]
+    assert "predicted by this recipe, because no recipe.yaml lies beside it)" in lines[0]
+    assert f"predicted by {tmp_path}/recipe.yaml)" in lines[1]
 
 
 @pytest.mark.parametrize(

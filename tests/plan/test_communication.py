@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from nano_pretrain.plan.blocks import blocks
 from nano_pretrain.plan.communication import Group, Transfer, groups, layer_transfers, sum_by_kind
-from nano_pretrain.plan.ranks import pipeline_parts
+from nano_pretrain.plan.ranks import whole_model
 from nano_pretrain.plan.step_time import step_time
 from nano_pretrain.plan.work import work_of
 from nano_pretrain.recipe.pattern import LayerType
@@ -35,14 +35,19 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @pytest.mark.parametrize(
     "layout",
-    [ParallelConfig(tensor=2), ParallelConfig(tensor=2, sequence=True), ParallelConfig(pipeline=2)],
-    ids=["TP2", "TP2 with sequence parallelism", "PP2"],
+    [
+        ParallelConfig(tensor=2),
+        ParallelConfig(tensor=2, sequence=True),
+        ParallelConfig(pipeline=2),
+        ParallelConfig(context=2, distributed_optimizer=False),
+    ],
+    ids=["TP2", "TP2 with sequence parallelism", "PP2", "CP2"],
 )
 def test_a_step_of_the_trainer_sends_what_the_plan_says(corpus: Path, precision: str, layout: ParallelConfig) -> None:
     real = run_ranks(bytes_handed_over, 2, small_recipe(precision, corpus=corpus), layout)[0]
     planned = step_time(small(layout, 2, precision), STAGE, device("cpu")).sent
     # Of two ranks each sends half of the tensor in a gather or scatter, all of it in a reduction or a send.
-    for kind, factor in {"all-gather": 2, "reduce-scatter": 2, "all-reduce": 1, "send": 1}.items():
+    for kind, factor in {"all-gather": 2, "reduce-scatter": 2, "all-to-all": 2, "all-reduce": 1, "send": 1}.items():
         expected = factor * sum(size for name, size in planned.items() if kind in name)
         assert real.pop(kind, 0) == pytest.approx(expected, abs=SCALARS), kind
     assert not real
@@ -101,7 +106,7 @@ def test_what_hides_a_transfer_exists() -> None:
     stage = recipe.stages["long_context"]
     assert stage.parallel is not None
     work = work_of(recipe.model, recipe.precision, stage, stage.parallel, "cuda")
-    for block in blocks(recipe, work, pipeline_parts(recipe.model, stage.parallel)[0], sequence_parallel=True):
+    for block in blocks(recipe, work, whole_model(recipe.model), sequence_parallel=True):
         for run in block.runs:
             names = {kernel.name for kernel in run.kernels}
             assert {transfer.behind for transfer in run.transfers} <= names | {None}

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nano_pretrain.data.shards import open_corpus
-from nano_pretrain.plan.cost import checkpoint_bytes, stage_cost
+from nano_pretrain.plan.cost import checkpoint_bytes, stage_cost, total_cost
 from nano_pretrain.plan.data import plan_data
 from nano_pretrain.platform import Platform
 from nano_pretrain.recipe.errors import RecipeError
@@ -74,6 +74,10 @@ def test_cost_by_hand(corpus: Path) -> None:
     assert found.device_hours == pytest.approx(8 * 20 / 3600)
     assert found.megawatt_hours == pytest.approx(8 * 700 * 20 / 3600 / 1e6)
     assert found.tokens_per_second == pytest.approx(8 * 48 / 3)
+    assert found.written_bytes == 2 * checkpoint_bytes(recipe)
+    both = total_cost([found, found])
+    assert (both["seconds"], both["written_bytes"]) == (2 * found.seconds, 2 * found.written_bytes)
+    assert both["device_hours"] == pytest.approx(2 * found.device_hours)
     only_last = replace(recipe, checkpoint=CheckpointConfig(every=0))
     assert stage_cost(only_last, stage, 3.0, device("h100")).checkpoints.count == 1
 

@@ -11,10 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nano_pretrain.kernels.native import library
 from nano_pretrain.plan.blocks import executed_flops
-from nano_pretrain.plan.flops import attention_layer_flops, count_flops, feed_forward_layer_flops, mamba_layer_flops
 from nano_pretrain.plan.scan import SCANS, local_groups
 from nano_pretrain.platform import Platform
 from nano_pretrain.recipe.derived import padded_vocab_size
+from nano_pretrain.recipe.flops import attention_layer_flops, count_flops, feed_forward_layer_flops, mamba_layer_flops
 from nano_pretrain.recipe.pattern import count_layers
 from nano_pretrain.recipe.schema import Recipe, RecomputeConfig
 from tests.model.building import batch, build, losses

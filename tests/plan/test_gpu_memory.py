@@ -9,7 +9,7 @@ import pytest
 from nano_pretrain.compose import compose
 from nano_pretrain.plan.buffers import Storage, fp8_copy, layer_is_fp8, storage_of
 from nano_pretrain.plan.memory import RankMemory, stage_memory
-from nano_pretrain.plan.ranks import ParameterTensor, pipeline_parts, rank_tensors
+from nano_pretrain.plan.ranks import ParameterTensor, rank_tensors, whole_model
 from nano_pretrain.recipe.load import tree
 from nano_pretrain.recipe.schema import ParallelConfig, PrecisionConfig, Recipe, RecomputeConfig
 
@@ -37,7 +37,7 @@ def test_what_fp8_quantises() -> None:
     # Embedding, head, convolution and norms are not; A_log, D and dt_bias are FP32.
     model, layout = recipe_named("nano_12b_v2").model, ParallelConfig(tensor=8)
     names: dict[Storage, set[str]] = {storage: set() for storage in Storage}
-    for tensor in rank_tensors(model, layout, pipeline_parts(model, layout)[0]):
+    for tensor in rank_tensors(model, layout, whole_model(model)):
         if tensor.layer not in (0, 1, 60, 61):
             names[storage_of(tensor, model, BLOCKWISE, fp8=True)].add(tensor.name)
     assert names[Storage.FP8] == {
@@ -61,7 +61,8 @@ def test_the_second_copy_of_a_weight_and_its_scales() -> None:
 def test_fp8_halves_what_it_quantises() -> None:
     recipe = recipe_named("nano_12b_v2")
     (fp8,), (bf16,) = (first_stage(replace(recipe, precision=p)) for p in (BLOCKWISE, PrecisionConfig(name="bf16")))
-    assert (fp8.gradients, fp8.logits) == (bf16.gradients, bf16.logits)
+    assert fp8.logits == bf16.logits
+    assert fp8.gradients == pytest.approx(bf16.gradients, rel=1e-5)  # two buffers pad other buckets
     saved = bf16.weights - fp8.weights
     # A byte of each quantised weight went from the parameter to the second copy, but for padding of the two buffers.
     assert fp8.fp8_copies == pytest.approx(saved, rel=1e-3)

@@ -13,7 +13,7 @@ from nano_pretrain.plan.device import Device
 from nano_pretrain.plan.step_time import ITEMS, StepTime, step_time
 from nano_pretrain.plan.work import Kernel
 from nano_pretrain.recipe.derived import stage_ranks
-from nano_pretrain.recipe.schema import ParallelConfig, PlanConfig, Recipe, RecomputeConfig
+from nano_pretrain.recipe.schema import ParallelConfig, Recipe, RecomputeConfig
 from tests.plan.recipes import STAGE, device, named, small
 
 H100 = device("h100")
@@ -58,10 +58,10 @@ def test_the_bubble_is_what_the_other_positions_take_for_one_micro_batch() -> No
 
 
 def test_gradients_and_parameters_by_hand() -> None:
-    recipe = named("nano_12b_v2")
+    recipe = named("nano_12b_v2", "parallel.overlap=false")
     found = predicted(recipe).items
     assert found["gradients"] == pytest.approx(735 / 736 * 4 * 1_539_032_384 / (0.8 * 50e9), rel=1e-3)
-    meanwhile = predicted(replace(recipe, plan=PlanConfig(overlap=True))).items
+    meanwhile = predicted(named("nano_12b_v2")).items
     micro_batch = sum(found[item] for item in ("mamba", "feed_forward", "attention", "vocabulary", "tensor"))
     # Beside them the norms' gradients over eight tensor-parallel ranks, some microseconds.
     assert meanwhile["gradients"] == pytest.approx(found["gradients"] - 2 / 3 * micro_batch, abs=1e-5)
@@ -97,13 +97,14 @@ def test_faster_hardware_is_never_slower(field: str, factor: float) -> None:
 
 def test_overlap_is_never_slower_and_recomputation_never_faster() -> None:
     recipe = named("nano_12b_v2")
+    alone = named("nano_12b_v2", "parallel.overlap=false", "stages.long_context.parallel.overlap=false")
     for stage in recipe.stages:
         times = [
             predicted(replace(recipe, recompute=RecomputeConfig(granularity)), stage).total
             for granularity in ("none", "selective", "full")
         ]
         assert times == sorted(times)
-        assert predicted(replace(recipe, plan=PlanConfig(overlap=True)), stage).total <= times[0]
+        assert times[0] <= predicted(alone, stage).total
 
 
 def test_scaling_scales_times_and_not_bytes() -> None:
@@ -121,7 +122,7 @@ def test_the_published_step_of_nemotron_h_56b() -> None:
     (docs/plan.md); without all tensor-parallel waiting it would be 21 percent too fast, so that a quarter is what may
     be asked of it.
     """
-    recipe = named("nemotron_h_56b", "cluster.gpus=128", "stages.pretrain.global_batch_size=384", "plan.overlap=true")
+    recipe = named("nemotron_h_56b", "cluster.gpus=128", "stages.pretrain.global_batch_size=384")
     seconds = predicted(recipe).total
     print(f"predicted {seconds:.2f} s, published 11.87 s, {100 * (seconds / 11.874 - 1):+.1f} %")
     assert seconds == pytest.approx(11.874, rel=0.25)
@@ -129,7 +130,7 @@ def test_the_published_step_of_nemotron_h_56b() -> None:
 
 def test_the_published_energy_of_the_12b() -> None:
     """The model card: 708.3 MWh for 20T tokens, at 700 W 1.01 million GPU-hours. Its layout is not published."""
-    recipe = named("nano_12b_v2", "plan.overlap=true")
+    recipe = named("nano_12b_v2")
     stage = recipe.stages[STAGE]
     hours = predicted(recipe).total * stage.tokens / (736 * 8192) * stage_ranks(recipe, stage) / 3600
     print(f"predicted {hours / 1e6:.2f} million GPU-hours, published energy / 700 W {708.3e6 / 700 / 1e6:.2f} million")

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from nano_pretrain.plan.flops import attention_layer_flops, count_flops, feed_forward_layer_flops, mamba_layer_flops
+from nano_pretrain.recipe.flops import attention_layer_flops, count_flops, feed_forward_layer_flops, mamba_layer_flops
 from nano_pretrain.recipe.schema import ModelConfig
 
 
