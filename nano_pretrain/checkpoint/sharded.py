@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
+from itertools import accumulate
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, TypeVar
@@ -53,8 +54,33 @@ def sharded_state(model: Any, optimizer: Any, loading: bool) -> dict[str, Any]:
     metadata = dict(SHARDING)
     state: dict[str, Any] = {"model": model.sharded_state_dict(metadata=metadata)}
     if optimizer is not None:
-        state["optimizer"] = optimizer.sharded_state_dict(state["model"], is_loading=loading, metadata=metadata)
+        with _places_without_padding(optimizer):
+            state["optimizer"] = optimizer.sharded_state_dict(state["model"], is_loading=loading, metadata=metadata)
     return state
+
+
+@contextmanager
+def _places_without_padding(optimizer: Any) -> Iterator[None]:
+    """Let megatron-core find each parameter's state where it has put it.
+
+    It gathers the states of a buffer without the padding between buckets and reads them at places that count it: with
+    more than one bucket, 0.16.1 saves other parameters' states, or zeros, under a parameter's name.
+    """
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    buffers = [buffer for part in parts for buffer in getattr(part, "buffers", [])]
+    padded = [buffer.param_index_map for buffer in buffers]
+    for buffer in buffers:
+        padding = [bucket.grad_data.numel() - bucket.numel_unpadded for bucket in buffer.buckets]
+        before = [0, *accumulate(padding)]
+        buffer.param_index_map = {
+            parameter: (start - before[bucket], end - before[bucket], bucket)
+            for parameter, (start, end, bucket) in buffer.param_index_map.items()
+        }
+    try:
+        yield
+    finally:
+        for buffer, places in zip(buffers, padded, strict=True):
+            buffer.param_index_map = places
 
 
 def save_checkpoint(

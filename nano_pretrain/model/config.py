@@ -8,6 +8,7 @@ import torch
 
 from nano_pretrain.kernels.activation import squared_relu
 from nano_pretrain.platform import Platform
+from nano_pretrain.precision.placement import engine_fields
 from nano_pretrain.recipe.derived import parameter_dtype
 from nano_pretrain.recipe.schema import ParallelConfig, Recipe
 
@@ -47,5 +48,6 @@ def transformer_config(recipe: Recipe, layout: ParallelConfig, platform: Platfor
         context_parallel_size=layout.context,
         sequence_parallel=layout.sequence,
         calculate_per_token_loss=True,
-        **platform.config_overrides(),
+        **engine_fields(model.pattern, recipe.precision, layout, platform.name),
+        **platform.prepare_model(recipe, layout),
     )

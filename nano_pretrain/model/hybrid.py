@@ -20,8 +20,12 @@ from nano_pretrain.model.initialisation import initialise_weights
 from nano_pretrain.model.layers import DocumentMixer, stack_spec
 from nano_pretrain.model.recompute import recompute
 from nano_pretrain.platform import Platform
+from nano_pretrain.precision.losses import QuantisationLosses
+from nano_pretrain.precision.parallel import quantise_linears
+from nano_pretrain.precision.primary import in_high_precision
 from nano_pretrain.recipe.derived import padded_vocab_size
 from nano_pretrain.recipe.schema import ParallelConfig, Recipe
+from nano_pretrain.recipe.split import pipeline_split
 
 KEPT_FP32 = (".A_log", ".D", ".dt_bias")
 """Parameters that are FP32 in a BF16 model."""
@@ -36,7 +40,12 @@ class HybridModel(MambaModel):
     Args:
         true_vocab_size: entries of the tokenizer; logits from there on are masked in the loss.
         **kwargs: those of megatron-core's MambaModel.
+
+    Attributes:
+        quantisation_losses: of the FP8 linears on a CPU; None where there are none.
     """
+
+    quantisation_losses: QuantisationLosses | None = None
 
     def __init__(self, true_vocab_size: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -72,17 +81,19 @@ def build_model(recipe: Recipe, layout: ParallelConfig, platform: Platform, sequ
         recipe: the recipe.
         layout: layout of the process groups, which must exist.
         platform: the platform.
-        sequence_length: longest sequence; without position embeddings it changes nothing but buffers.
+        sequence_length: of the stage; layers are divided among pipeline positions by their cost at it.
     """
     from megatron.core import parallel_state
 
     config = transformer_config(recipe, layout, platform)
+    split = pipeline_split(recipe.model, layout, sequence_length)
+    position = parallel_state.get_pipeline_model_parallel_rank()
     # The constructors draw weights that are overwritten below.
     with torch.random.fork_rng(devices=[]):
         model = HybridModel(
             true_vocab_size=recipe.model.vocab_size,
             config=config,
-            mamba_stack_spec=stack_spec(platform, recipe.model.mamba_conv_width),
+            mamba_stack_spec=stack_spec(platform, recipe.model.mamba_conv_width, split, position),
             vocab_size=padded_vocab_size(recipe.model),
             max_sequence_length=sequence_length,
             pre_process=parallel_state.is_pipeline_first_stage(),
@@ -97,8 +108,12 @@ def build_model(recipe: Recipe, layout: ParallelConfig, platform: Platform, sequ
         elif type(module) in _SHARDED_DIMENSION:
             # megatron-core does it when it initialises; the gradient norm counts an unmarked weight on one rank only.
             set_tensor_model_parallel_attributes(module.weight, True, _SHARDED_DIMENSION[type(module)], 1)
+    if platform.name == "cpu":
+        # On CUDA Transformer Engine's linears do it: engine_fields.
+        model.quantisation_losses = quantise_linears(model.decoder.layers, recipe.model.pattern, recipe.precision)
     recompute(model, recipe.recompute.granularity)
-    initialise_weights(model, recipe.model, recipe.run.seed)
+    with in_high_precision(model):
+        initialise_weights(model, recipe.model, recipe.run.seed)
     return model
 
 

@@ -7,18 +7,18 @@ from typing import Any
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.ssm import mamba_mixer
-from megatron.core.ssm.mamba_block import MambaStack, MambaStackSubmodules
+from megatron.core.ssm.mamba_block import MambaStackSubmodules
 from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
 from megatron.core.ssm.mamba_mixer import MambaMixer, MambaMixerSubmodules
-from megatron.core.ssm.mlp_layer import MLPLayer
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from torch import Tensor
 
+from nano_pretrain.model.stack import HybridStack, PlacedMLPLayer, PlacedTransformerLayer, first_layer
 from nano_pretrain.platform import Platform
 
 
@@ -91,8 +91,16 @@ CHECKPOINT_NAMES = {
 """Norms that are modules of their own are saved under the names they have when fused into the linear that follows."""
 
 
-def stack_spec(platform: Platform, conv_width: int) -> ModuleSpec:
-    """The spec of the hybrid's stack from the platform's modules; checkpoints have the same names on all platforms."""
+def stack_spec(platform: Platform, conv_width: int, split: tuple[int, ...], position: int) -> ModuleSpec:
+    """The spec of the hybrid's stack from the platform's modules; checkpoints have the same names on all platforms.
+
+    Args:
+        platform: the platform.
+        conv_width: of the Mamba-2 layers' convolution.
+        split: layers of each pipeline position.
+        position: that of this rank.
+    """
+    place = {"first_layer": first_layer(split, position)}
     modules = platform.layer_modules()
     norm = modules.norm or IdentityOp
     names = CHECKPOINT_NAMES if modules.norm else {}
@@ -115,7 +123,8 @@ def stack_spec(platform: Platform, conv_width: int) -> ModuleSpec:
     )
     add = get_bias_dropout_add
     return ModuleSpec(
-        module=MambaStack,
+        module=HybridStack,
+        params={"split": split},
         submodules=MambaStackSubmodules(
             mamba_layer=ModuleSpec(
                 module=DocumentMambaLayer,
@@ -124,7 +133,8 @@ def stack_spec(platform: Platform, conv_width: int) -> ModuleSpec:
                 ),
             ),
             attention_layer=ModuleSpec(
-                module=TransformerLayer,
+                module=PlacedTransformerLayer,
+                params=place,
                 submodules=TransformerLayerSubmodules(
                     input_layernorm=norm,
                     self_attention=attention,
@@ -133,7 +143,8 @@ def stack_spec(platform: Platform, conv_width: int) -> ModuleSpec:
                 ),
             ),
             mlp_layer=ModuleSpec(
-                module=MLPLayer,
+                module=PlacedMLPLayer,
+                params=place,
                 submodules=TransformerLayerSubmodules(
                     pre_mlp_layernorm=norm, mlp=mlp, mlp_bda=add, sharded_state_dict_keys_map=names
                 ),

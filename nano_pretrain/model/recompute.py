@@ -4,8 +4,9 @@ megatron-core 0.16 recomputes in its transformer layers only and says nothing of
 effect on a MambaStack. Here its functions are put around whole layers, or around parts of them. Nothing random happens
 in a layer, so losses and gradients are equal bit for bit to those without recomputation.
 
-Under FP8 on a GPU whole layers need Transformer Engine's checkpoint, which enters the FP8 context again, and the
-linears behind the parts `save_original_input`.
+Under FP8 on a GPU (`config.fp8`; not run so far) the FP8 context has to be entered again, by Transformer Engine's own
+checkpoint of a layer and by megatron-core's of a part; and the linears behind the parts must keep their input as it is,
+where they would keep a quantised copy that nobody empties.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel import CheckpointWithoutOutput, checkpoint
+from megatron.core.tensor_parallel import CheckpointWithoutOutput, checkpoint, get_cuda_rng_tracker
 from megatron.core.transformer.mlp import MLP
 from torch import Tensor, nn
 
@@ -33,7 +34,7 @@ def recompute(model: Any, granularity: str) -> None:
     """
     if granularity == "full":
         for layer in model.decoder.layers:
-            layer.forward = _keeping_its_input(layer)
+            layer.forward = _keeping_its_input(layer, model.pg_collection.tp)
     if granularity == "selective":
         for module in model.modules():
             if isinstance(module, MLP):
@@ -42,7 +43,7 @@ def recompute(model: Any, granularity: str) -> None:
                 module.mix = Emptied(module.mix, module.out_proj)  # type: ignore[method-assign,assignment]
 
 
-def _keeping_its_input(layer: nn.Module) -> Callable[..., Any]:
+def _keeping_its_input(layer: Any, tensor_group: Any) -> Callable[..., Any]:
     """The layer's `forward`, keeping what it is given and nothing that it makes of it."""
     forward = layer.forward
 
@@ -50,7 +51,11 @@ def _keeping_its_input(layer: nn.Module) -> Callable[..., Any]:
         run = partial(forward, **others)
         if not _is_training(layer):
             return run(hidden_states, attention_mask)
-        return checkpoint(run, False, hidden_states, attention_mask)
+        if not layer.config.fp8:
+            return checkpoint(run, False, hidden_states, attention_mask)
+        from megatron.core.extensions.transformer_engine import te_checkpoint
+
+        return te_checkpoint(run, False, get_cuda_rng_tracker, tensor_group, hidden_states, attention_mask)
 
     return recomputed
 
@@ -65,17 +70,21 @@ class Emptied:
         linear: the module that reads the result, and nothing else does.
     """
 
-    def __init__(self, function: Callable[..., Tensor], linear: nn.Module) -> None:
+    def __init__(self, function: Callable[..., Tensor], linear: Any) -> None:
         self._function = function
         self._linear = linear
         self._read: CheckpointWithoutOutput | None = None
         linear.register_forward_hook(self._empty)
+        if linear.config.fp8:
+            from megatron.core.extensions.transformer_engine import set_save_original_input
+
+            set_save_original_input(linear)
 
     def __call__(self, *inputs: Tensor | None) -> Tensor:
         """The function's result."""
         if not _is_training(self._linear):
             return self._function(*inputs)
-        self._read = CheckpointWithoutOutput(fp8=None)
+        self._read = CheckpointWithoutOutput(fp8=self._linear.config.fp8)
         result: Tensor = self._read.checkpoint(self._function, *inputs)
         return result
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from nano_pretrain.checkpoint.manifest import newest_manifest, newest_tokens
 from nano_pretrain.data.curriculum import Curriculum
-from nano_pretrain.data.shards import Corpus, open_corpus
+from nano_pretrain.data.shards import MANIFEST_NAME, Corpus, open_corpus
 from nano_pretrain.platform.preflight import check_dependencies
 from nano_pretrain.recipe.derived import stage_layout
 from nano_pretrain.recipe.errors import EXIT_DONE, UserError
@@ -41,6 +41,17 @@ def check_before(recipe: Recipe, directory: Path, first_rank: bool) -> Curriculu
     if first_rank:
         check_not_held(directory)
     return Curriculum(recipe, {name: stream.tokens for name, stream in corpus.train.items()})
+
+
+def check_prepared_corpus(recipe: Recipe, directory: Path) -> None:
+    """Refuse the corpus as `check_before` does, if one is prepared at `data.path`.
+
+    Raises:
+        UserError: it is damaged, or corpus, recipe and directory do not belong together.
+    """
+    path = Path(recipe.data.path)
+    if (path / MANIFEST_NAME).exists():
+        _check_corpus(recipe, directory, open_corpus(path))
 
 
 def _check_corpus(recipe: Recipe, directory: Path, corpus: Corpus) -> None:

@@ -1,8 +1,9 @@
-"""Callbacks that keep the run's files: metrics, validation, checkpoints and ledger."""
+"""Callbacks that keep the run's files: metrics, validation, losses of FP8, checkpoints and ledger."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import Any
 
 import torch.distributed as dist
 
@@ -10,6 +11,8 @@ from nano_pretrain.checkpoint.files import append_line, write_json
 from nano_pretrain.checkpoint.sharded import retain, save_checkpoint
 from nano_pretrain.data.ledger import ledger
 from nano_pretrain.evaluate.heldout import HeldOut
+from nano_pretrain.precision.losses import QuantisationLosses
+from nano_pretrain.precision.quantize import Statistics
 from nano_pretrain.train.session import Session, StepRecord
 
 
@@ -54,6 +57,8 @@ class Validation:
         """Nothing left to do."""
 
     def _evaluate(self, session: Session) -> None:
+        # Ranks with fewer samples than others gather nothing in their forward passes.
+        session.trainable.gather_parameters()
         model = session.trainable.wrapped
         model.eval()
         result = self.heldout.evaluate(session.trainable.run)
@@ -61,6 +66,58 @@ class Validation:
         if session.ranks.is_first:
             line = {"step": session.step, "tokens": session.tokens, **result}
             append_line(session.directory / "validation.jsonl", line)
+
+
+class Quantisation:
+    """fp8.jsonl: what quantisation loses in each FP8 linear, in every `every`-th step, over its whole batch.
+
+    The losses come from all micro-batches and ranks, inputs and gradients along either axis; `worst` is the largest
+    relative error.
+
+    Args:
+        losses: of the model.
+        every: steps from one line to the next.
+    """
+
+    def __init__(self, losses: QuantisationLosses, every: int) -> None:
+        self.losses = losses
+        self.every = every
+
+    def on_start(self, session: Session) -> None:
+        """Count in the next step, if it is one of them."""
+        self._count_in(session.step + 1)
+
+    def on_step(self, session: Session, record: StepRecord, stopping: bool) -> None:
+        """Append what was counted."""
+        if self.losses.counting:
+            line = {"step": record.step, "tokens": record.tokens, **_described(self.losses.take())}
+            if session.ranks.is_first:
+                append_line(session.directory / "fp8.jsonl", line)
+        self._count_in(record.step + 1)
+
+    def on_end(self, session: Session) -> None:
+        """Nothing left to write."""
+
+    def _count_in(self, step: int) -> None:
+        self.losses.counting = step % self.every == 0
+
+
+def _described(losses: dict[str, dict[str, Statistics]]) -> dict[str, Any]:
+    linears = {
+        name: {
+            operand: {
+                "flushed": found.flushed_share,
+                "saturated": found.saturated_share,
+                "relative_error": found.relative_error,
+            }
+            for operand, found in operands.items()
+        }
+        for name, operands in losses.items()
+    }
+    error, linear, operand = max(
+        (each["relative_error"], name, operand) for name, found in linears.items() for operand, each in found.items()
+    )
+    return {"worst": {"linear": linear, "operand": operand, "relative_error": error}, "linears": linears}
 
 
 class Checkpoints:
@@ -81,6 +138,7 @@ class Checkpoints:
         """Nothing left to save."""
 
     def _save(self, session: Session) -> None:
+        session.trainable.gather_parameters()
         with session.platform.optimizer_scope():
             save_checkpoint(
                 session.directory,

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING
 from nano_pretrain.data.curriculum import StagePlan
 from nano_pretrain.data.loader import BatchReader
 from nano_pretrain.parallel.groups import data_parallel_place
-from nano_pretrain.recipe.derived import stage_layout
+from nano_pretrain.recipe.derived import stage_layout, stage_ranks
 from nano_pretrain.recipe.errors import RunError
+from nano_pretrain.recipe.schema import Recipe
+from nano_pretrain.recipe.split import pipeline_split
 from nano_pretrain.schedule.learning_rate import learning_rate
 from nano_pretrain.train.session import Callback, Session, StepRecord
 from nano_pretrain.train.signals import StopRequest
@@ -105,7 +107,13 @@ def _ending(session: Session, stop: bool, request: StopRequest) -> Ending | None
         return None
     if stop:
         return Ending(f"stopped by {request.signal_name or 'a signal on another rank'}")
-    following = session.curriculum.stage_at(session.tokens)
-    if stage_layout(session.recipe, following.config) != session.layout:
+    current, following = (session.curriculum.stage_at(tokens) for tokens in (session.tokens - 1, session.tokens))
+    if _ranks(session.recipe, following) != _ranks(session.recipe, current):
         return Ending(f"stage {following.name} needs another layout")
     return None
+
+
+def _ranks(recipe: Recipe, stage: StagePlan) -> tuple[object, ...]:
+    """What ranks are built for: layout, number, and the layers of each pipeline position."""
+    layout = stage_layout(recipe, stage.config)
+    return layout, stage_ranks(recipe, stage.config), pipeline_split(recipe.model, layout, stage.sequence_length)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,12 +16,19 @@ import torch.distributed as dist
 from nano_pretrain.checkpoint.files import write_json, write_whole
 from nano_pretrain.checkpoint.manifest import newest_tokens
 from nano_pretrain.checkpoint.sharded import load_newest
-from nano_pretrain.data.curriculum import Curriculum
+from nano_pretrain.data.curriculum import Curriculum, StagePlan
 from nano_pretrain.data.ledger import ledger
 from nano_pretrain.data.loader import BatchReader
 from nano_pretrain.data.shards import open_corpus
 from nano_pretrain.evaluate.heldout import HeldOut
-from nano_pretrain.parallel.groups import Ranks, data_parallel_place, process_groups, ranks_from_environment
+from nano_pretrain.parallel.groups import (
+    Ranks,
+    context_parallel_place,
+    data_parallel_place,
+    process_groups,
+    ranks_from_environment,
+)
+from nano_pretrain.plan.room import without_room
 from nano_pretrain.platform import Platform, current_platform
 from nano_pretrain.platform.cuda_limits import check_cuda
 from nano_pretrain.platform.process import children_end_with_this_process
@@ -26,12 +36,13 @@ from nano_pretrain.recipe.derived import stage_layout
 from nano_pretrain.recipe.errors import EXIT_CONTINUE, EXIT_DONE
 from nano_pretrain.recipe.load import to_yaml
 from nano_pretrain.recipe.schema import ParallelConfig, Recipe
-from nano_pretrain.train.callbacks import Checkpoints, Metrics, Validation
+from nano_pretrain.train.callbacks import Checkpoints, Metrics, Quantisation, Validation
 from nano_pretrain.train.directory import full_disk_is_the_users_to_mend, only_trainer, truncate_streams
 from nano_pretrain.train.environment import check_same_kernels, environment, recorded_kernels
 from nano_pretrain.train.exit_file import ExitFile
 from nano_pretrain.train.loggers import ProgressBar, TensorBoard, Wandb
 from nano_pretrain.train.loop import run_loop
+from nano_pretrain.train.profiler import Profiler
 from nano_pretrain.train.session import Callback, Session
 from nano_pretrain.train.signals import StopRequest
 
@@ -92,12 +103,14 @@ def _train(recipe: Recipe, directory: Path, ranks: Ranks, request: StopRequest, 
         from nano_pretrain.platform.cuda import cuda_facts
 
         check_cuda(recipe, cuda_facts(ranks.local_rank))
-    device = platform.prepare(ranks.local_rank, recipe.cluster.threads_per_rank, recipe.cluster.cpu_kernels)
     corpus = open_corpus(Path(recipe.data.path))
     curriculum = Curriculum(recipe, {name: stream.tokens for name, stream in corpus.train.items()})
     done = newest_tokens(directory) or 0
     stage = curriculum.stage_at(min(done, curriculum.total_tokens - 1))
     layout = stage_layout(recipe, stage.config)
+    # Before kernels are compiled and the model is built: a machine whose memory is full kills without a word.
+    _check_room(recipe, platform, ranks, curriculum.stages[curriculum.stages.index(stage) :])
+    device = platform.prepare(ranks.local_rank, recipe.cluster.threads_per_rank, recipe.cluster.cpu_kernels)
     with process_groups(platform, ranks, layout, recipe.cluster.timeout_seconds):
         check_same_kernels(platform, ranks)
         trainable = _build(recipe, platform, layout=layout, length=stage.sequence_length)
@@ -108,7 +121,7 @@ def _train(recipe: Recipe, directory: Path, ranks: Ranks, request: StopRequest, 
             # The newest checkpoint was damaged, and the one before belongs to another stage with another layout.
             return EXIT_CONTINUE, "the newest checkpoint was damaged; run again to continue from the one before"
         reset = recipe.data.document_boundaries == "reset"
-        reader = BatchReader(corpus, curriculum, data_parallel_place(), reset, device)
+        reader = BatchReader(corpus, curriculum, data_parallel_place(), reset, device, context_parallel_place())
         heldout = _heldout(session, reset, device)
         stopped = run_loop(session, reader, _callbacks(session, heldout), request)
         if stopped is not None:
@@ -120,6 +133,30 @@ def _train(recipe: Recipe, directory: Path, ranks: Ranks, request: StopRequest, 
             return EXIT_CONTINUE, stopped.reason
         _finish(session, heldout)
     return EXIT_DONE, "finished"
+
+
+def _check_room(recipe: Recipe, platform: Platform, ranks: Ranks, stages: Sequence[StagePlan]) -> None:
+    """Refuse what this machine's memory cannot hold of what these ranks train: stages up to another layout.
+
+    On a GPU, for which the memory model was never compared with measurements, it is only said.
+
+    Args:
+        recipe: the recipe.
+        platform: where it runs.
+        ranks: this process in the world, which may be another than the recipe's.
+        stages: the stage that is next, and those after it.
+
+    Raises:
+        RecipeError: in the words of `plan`.
+    """
+    layout = stage_layout(recipe, stages[0].config)
+    trained = takewhile(lambda stage: stage_layout(recipe, stage.config) == layout, stages)
+    here = {stage.name: replace(stage.config, gpus=ranks.world_size) for stage in trained}
+    for refusal in without_room(replace(recipe, stages=here), here, platform.name, platform.memory(ranks.local_rank)):
+        if platform.name == "cpu":
+            raise refusal
+        if ranks.is_first:
+            print(f"likely out of memory: {refusal}", file=sys.stderr, flush=True)
 
 
 def _build(recipe: Recipe, platform: Platform, layout: ParallelConfig, length: int) -> Trainable:
@@ -169,6 +206,8 @@ def _callbacks(session: Session, heldout: HeldOut) -> list[Callback]:
     """In the order in which they are called; what may be lost by a kill comes before the checkpoint that covers it."""
     recipe = session.recipe
     callbacks: list[Callback] = [Metrics(), Validation(heldout, recipe.validation.every)]
+    if (losses := session.trainable.model.quantisation_losses) and recipe.log.fp8_every:
+        callbacks.append(Quantisation(losses, recipe.log.fp8_every))
     if session.ranks.is_first:
         callbacks.append(ProgressBar(session.curriculum.total_tokens, recipe.log.every))
         if recipe.log.tensorboard:
@@ -176,6 +215,9 @@ def _callbacks(session: Session, heldout: HeldOut) -> list[Callback]:
         if recipe.log.wandb != "disabled":
             callbacks.append(Wandb(recipe.log.wandb, recipe.log.wandb_project, recipe.log.every))
     callbacks.append(Checkpoints())
+    if recipe.log.profile:
+        first, last = recipe.log.profile
+        callbacks.append(Profiler(first, last))
     return callbacks
 
 

@@ -13,10 +13,11 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from torch import Tensor
+from torch import Tensor, nn
 
 from nano_pretrain.data.loader import MicroBatch
 from nano_pretrain.model.hybrid import KEPT_FP32, HybridModel
+from nano_pretrain.model.layers import DocumentMixer
 from nano_pretrain.parallel.groups import reports_loss
 from nano_pretrain.platform import Platform
 from nano_pretrain.recipe.schema import ParallelConfig, Recipe
@@ -53,12 +54,19 @@ class Trainable:
         self.platform = platform
         config: Any = model.config
         reduction = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True, use_distributed_optimizer=layout.distributed_optimizer
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=layout.distributed_optimizer,
+            overlap_grad_reduce=layout.overlap,
+            overlap_param_gather=layout.overlap and layout.distributed_optimizer,
+            bucket_size=layout.bucket_size,
+            fp8_param_gather=config.fp8_param,
         )
         self.wrapped = DistributedDataParallel(config, reduction, model)
+        if self.wrapped.use_forward_hook:
+            _gather_what_mixers_read(self.wrapped)
         with platform.optimizer_scope():
             self.optimizer: Any = get_megatron_optimizer(
-                _optimizer_config(recipe, layout, config.params_dtype),
+                _optimizer_config(recipe, layout, config),
                 [self.wrapped],
                 config_overrides=_without_decay(config.params_dtype),
                 use_gloo_process_groups=platform.backend != "gloo",
@@ -119,11 +127,32 @@ class Trainable:
         )
         return result
 
+    def gather_parameters(self) -> None:
+        """Bring the weights of all ranks up to date, where the next forward pass would do it layer by layer."""
+        if self.wrapped.use_forward_hook:
+            self.wrapped.start_param_sync(force_sync=True)
+
     def _set_hyperparameters(self, lr: float) -> None:
         # Weight decay is constant here; megatron-core's own scheduler would overwrite it with its start and end values.
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_mult", 1.0)
             group["weight_decay"] = self.recipe.optimizer.weight_decay * group.get("wd_mult", 1.0)
+
+
+def _gather_what_mixers_read(wrapped: DistributedDataParallel) -> None:
+    """Let a Mamba-2 layer wait for its convolution's weights.
+
+    megatron-core 0.16 waits for the parameters of a module before its forward pass; that of the convolution never runs,
+    since the mixer reads its weights, which would be those before the update if they are in another bucket.
+    """
+    for module in wrapped.module.modules():
+        if isinstance(module, DocumentMixer):
+            module.register_forward_pre_hook(partial(_wait_for, wrapped, tuple(module.conv1d.parameters())))
+
+
+def _wait_for(wrapped: DistributedDataParallel, parameters: tuple[nn.Parameter, ...], *unused: Any) -> None:
+    for parameter in parameters:
+        wrapped.param_to_bucket_group[parameter].finish_param_sync()
 
 
 def _without_decay(dtype: torch.dtype) -> dict[ParamKey, dict[str, Any]]:
@@ -146,8 +175,8 @@ def _without_decay(dtype: torch.dtype) -> dict[ParamKey, dict[str, Any]]:
     }
 
 
-def _optimizer_config(recipe: Recipe, layout: ParallelConfig, dtype: torch.dtype) -> OptimizerConfig:
-    values = recipe.optimizer
+def _optimizer_config(recipe: Recipe, layout: ParallelConfig, config: Any) -> OptimizerConfig:
+    values, dtype = recipe.optimizer, config.params_dtype
     return OptimizerConfig(
         optimizer="adam",
         lr=0.0,
@@ -158,7 +187,9 @@ def _optimizer_config(recipe: Recipe, layout: ParallelConfig, dtype: torch.dtype
         clip_grad=values.clip_grad,
         bf16=dtype == torch.bfloat16,
         params_dtype=dtype,
+        fp8_recipe=config.fp8_recipe if config.fp8 else None,
         use_distributed_optimizer=layout.distributed_optimizer,
+        overlap_param_gather=layout.overlap and layout.distributed_optimizer,
     )
 
 

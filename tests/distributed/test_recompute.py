@@ -18,6 +18,8 @@ LAYOUTS = {
     "TP2 with SP": (2, ParallelConfig(tensor=2, sequence=True)),
     "PP2": (2, ParallelConfig(pipeline=2)),
     "TP2 x PP2": (4, ParallelConfig(tensor=2, pipeline=2)),
+    "CP2": (2, ParallelConfig(context=2)),
+    "DP2, many buckets": (2, ParallelConfig(bucket_size=300)),
 }
 
 

@@ -20,7 +20,7 @@ from tests.model.recipes import small_recipe
 # The process groups of the module are shared by all examples.
 shared_groups = settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
-MODULES = {"M": "DocumentMambaLayer", "-": "MLPLayer", "*": "TransformerLayer"}
+MODULES = {"M": "DocumentMambaLayer", "-": "PlacedMLPLayer", "*": "PlacedTransformerLayer"}
 
 
 @shared_groups

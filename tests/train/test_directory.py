@@ -53,16 +53,17 @@ def test_directory_is_free_again_when_its_trainer_is_killed(tmp_path: Path) -> N
 
 def test_directory_is_free_though_a_child_of_the_killed_trainer_lives_on(tmp_path: Path) -> None:
     forks = HOLDER.replace(
-        "    time.sleep(600)", "    import os\n    os.fork()\n    print(os.getpid(), flush=True)\n    time.sleep(600)"
+        "    time.sleep(600)",
+        "    import os\n    if os.fork() == 0:\n        print(os.getpid(), flush=True)\n    time.sleep(600)",
     )
     with subprocess.Popen([sys.executable, "-c", forks, str(tmp_path)], stdout=subprocess.PIPE, text=True) as holder:
-        assert holder.stdout is not None
-        pids = {
-            int(line) for line in [holder.stdout.readline(), holder.stdout.readline(), holder.stdout.readline()][1:]
-        }
-        holder.kill()
-        holder.wait()
-        (child,) = pids - {holder.pid}
+        try:
+            assert holder.stdout is not None
+            assert holder.stdout.readline() == "held\n"
+            child = int(holder.stdout.readline())
+        finally:
+            holder.kill()
+            holder.wait()
         try:
             check_not_held(tmp_path)
         finally:
@@ -98,7 +99,7 @@ def test_lines_past_the_checkpoint_and_a_torn_last_one_are_dropped(
     tmp_path_factory: pytest.TempPathFactory, count: int, kept: int, torn: str
 ) -> None:
     run = tmp_path_factory.mktemp("run")
-    for name in ("metrics.jsonl", "validation.jsonl"):
+    for name in ("metrics.jsonl", "validation.jsonl", "fp8.jsonl"):
         for tokens in range(count):
             append_line(run / name, {"tokens": tokens, "loss": 1 / 3})
         if count:
