@@ -11,7 +11,7 @@ from nano_pretrain.recipe.errors import EXIT_CONTINUE, EXIT_DONE, EXIT_USER_ERRO
 from nano_pretrain.report import words
 from nano_pretrain.report.course import planned_tokens, source_names
 from nano_pretrain.report.curves import median, smooth, window
-from nano_pretrain.report.record import Record, mapping, number
+from nano_pretrain.report.record import Floats, Quantisation, Record, mapping, number
 
 _EXIT_STATES: dict[float, str] = {
     EXIT_DONE: "finished",
@@ -93,6 +93,23 @@ def ledger_table(record: Record) -> Table:
         sums = (_whole(sum(number(count) for count in phase.values())) for phase in per_phase)
         rows.append(("all", _whole(total), words.percent(1.0), "", *sums))
     return Table(("consumed tokens", "in all", "share", "epochs", *names), rows, total=bool(rows))
+
+
+def quantisation_table(record: Record) -> Table:
+    """What FP8 loses of inputs, weights and gradients, at first and at last, and where most; empty without FP8."""
+    header = (
+        "FP8, of",
+        "median error, first",
+        "last",
+        "largest error",
+        "in",
+        "most flushed to zero",
+        "in",
+        "most saturated",
+    )
+    steps = record.quantisation
+    operands = dict.fromkeys(operand for step in steps for linear in step.linears.values() for operand in linear)
+    return Table(header, [_quantisation_row(steps, operand) for operand in operands])
 
 
 def exit_state(record: Record) -> tuple[str, bool]:
@@ -179,6 +196,32 @@ def _heldout_row(record: Record, name: str | None, values: list[float]) -> tuple
         *(words.decimal(value) if isfinite(value) else "" for value in baselines),
         *against,
     )
+
+
+def _quantisation_row(steps: list[Quantisation], operand: str) -> tuple[str, ...]:
+    first, last = steps[0], steps[-1]
+    error, flushed, saturated = (
+        _largest(last, operand, measure) for measure in ("relative_error", "flushed", "saturated")
+    )
+    return (
+        operand,
+        *(words.percent(median(_errors(step, operand)), 2) for step in (first, last)),
+        words.percent(error[0], 2),
+        error[1],
+        words.percent(flushed[0], 2),
+        flushed[1],
+        words.percent(saturated[0], 2),
+    )
+
+
+def _errors(step: Quantisation, operand: str) -> Floats:
+    return np.array([linear.get(operand, {}).get("relative_error", nan) for linear in step.linears.values()])
+
+
+def _largest(step: Quantisation, operand: str, measure: str) -> tuple[float, str]:
+    """Value and linear; NaN where there is none."""
+    found = ((linear.get(operand, {}).get(measure, nan), name) for name, linear in step.linears.items())
+    return max(((value, name) for value, name in found if isfinite(value)), default=(nan, ""))
 
 
 def _whole(value: float) -> str:

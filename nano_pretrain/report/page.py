@@ -91,6 +91,7 @@ def _html(record: Record, pictures: dict[str, Picture]) -> str:
         pictures=pictures,
         heldout=facts.heldout_table(record),
         ledger=facts.ledger_table(record),
+        quantisation=facts.quantisation_table(record),
         samples=newest[:SHOWN_SAMPLES],
         hidden_samples=max(0, len(newest) - SHOWN_SAMPLES),
     )

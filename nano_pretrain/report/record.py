@@ -52,6 +52,14 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class Quantisation:
+    """What FP8 lost in one step: linear -> operand -> measure, shares and the relative error."""
+
+    tokens: float
+    linears: dict[str, dict[str, dict[str, float]]]
+
+
+@dataclass(frozen=True)
 class Sample:
     """Generated text: what was given, and what the model added."""
 
@@ -69,6 +77,7 @@ class Record:
     name: str
     steps: Steps
     evaluations: list[Evaluation]
+    quantisation: list[Quantisation]
     samples: list[Sample]
     recipe: dict[str, Any]
     recipe_text: str
@@ -87,6 +96,7 @@ def read_record(run_dir: Path) -> Record:
         name=run_dir.resolve().name,
         steps=_steps(_read_lines(run_dir / "metrics.jsonl", problems)),
         evaluations=_evaluations(_read_lines(run_dir / "validation.jsonl", problems)),
+        quantisation=_quantisation(run_dir / "fp8.jsonl", problems),
         samples=[_sample(line) for line in _read_lines(run_dir / "samples.jsonl", problems)],
         recipe=recipe,
         recipe_text=recipe_text,
@@ -187,6 +197,25 @@ def _evaluations(lines: list[dict[str, Any]]) -> list[Evaluation]:
                 for name, source in mapping(line.get("sources")).items()
             },
             blend=number(mapping(line.get("blend")).get("bits_per_byte")),
+        )
+        for line in lines
+        if isfinite(number(line.get("tokens")))
+    ]
+
+
+def _quantisation(path: Path, problems: dict[str, str]) -> list[Quantisation]:
+    # Most runs have none.
+    lines = _read_lines(path, problems) if path.exists() else []
+    return [
+        Quantisation(
+            tokens=number(line.get("tokens")),
+            linears={
+                linear: {
+                    operand: {measure: number(value) for measure, value in mapping(measures).items()}
+                    for operand, measures in mapping(operands).items()
+                }
+                for linear, operands in mapping(line.get("linears")).items()
+            },
         )
         for line in lines
         if isfinite(number(line.get("tokens")))

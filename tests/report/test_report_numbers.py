@@ -17,7 +17,7 @@ from nano_pretrain.report.course import schedule_marks, source_names, spans
 from nano_pretrain.report.curves import POINTS, smooth, thin
 from nano_pretrain.report.record import read_record
 from nano_pretrain.report.style import looks, plain, spread
-from tests.report.synthetic_run import MANY_SOURCES, TOKENS, write_run
+from tests.report.synthetic_run import MANY_SOURCES, TOKENS, write_lines, write_run
 
 _LINES = arrays(np.float64, st.integers(1, 60), elements=st.floats(-1e6, 1e6) | st.just(float("nan")))
 _JSON = st.recursive(
@@ -144,10 +144,28 @@ def test_baselines_are_compared_on_the_same_blend(tmp_path: Path) -> None:
     )
 
 
+def test_fp8_is_summed_up_by_operand(tmp_path: Path) -> None:
+    def step(tokens: int, *errors: float) -> dict[str, Any]:
+        measures = [{"relative_error": error, "flushed": 0.5 - error, "saturated": 0.0} for error in errors]
+        return {
+            "tokens": tokens,
+            "linears": {name: {"input": each} for name, each in zip("abc", measures, strict=True)},
+        }
+
+    write_lines(tmp_path / "fp8.jsonl", [step(1, 0.01, 0.02, 0.09), step(2, 0.02, 0.03, 0.025)])
+    assert facts.quantisation_table(read_record(tmp_path)).rows == [
+        ("input", "2.00 %", "2.50 %", "3.00 %", "b", "48.00 %", "a", "0.00 %")
+    ]
+    (tmp_path / "fp8.jsonl").unlink()
+    assert facts.quantisation_table(read_record(tmp_path)).rows == []
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.dictionaries(st.sampled_from(["recipe.yaml", "environment.json", "ledger.json", "exit.json"]), _DOCUMENTS),
-    st.dictionaries(st.sampled_from(["metrics.jsonl", "validation.jsonl", "samples.jsonl"]), st.lists(_DOCUMENTS)),
+    st.dictionaries(
+        st.sampled_from(["metrics.jsonl", "validation.jsonl", "fp8.jsonl", "samples.jsonl"]), st.lists(_DOCUMENTS)
+    ),
 )
 def test_any_json_is_read_and_summarised(documents: dict[str, Any], lines: dict[str, list[Any]]) -> None:
     with tempfile.TemporaryDirectory() as name:
@@ -158,5 +176,5 @@ def test_any_json_is_read_and_summarised(documents: dict[str, Any], lines: dict[
         record = read_record(Path(name))
         assert len(facts.cards(record)) == 7
         assert len(schedule_marks(record)) <= 2 * len(record.recipe.get("stages") or "")
-        for table in (facts.heldout_table(record), facts.ledger_table(record)):
+        for table in (facts.heldout_table(record), facts.ledger_table(record), facts.quantisation_table(record)):
             assert all(len(row) == len(table.header) for row in table.rows)

@@ -1,0 +1,60 @@
+"""What quantisation loses in each linear, summed over the micro-batches of a step and over all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import astuple, fields
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nano_pretrain.precision.linear import Fp8Recipe
+from nano_pretrain.precision.quantize import Statistics
+
+OPERANDS = ("input", "weight", "gradient")
+"""What a linear quantises; input and output's gradient along either axis, and both count."""
+
+
+class QuantisationLosses:
+    """Statistics of the FP8 linears of a model, counted while `counting` is set, in backward passes.
+
+    Args:
+        linears: names of those of all pipeline positions.
+    """
+
+    def __init__(self, linears: Sequence[str]) -> None:
+        self.linears = tuple(linears)
+        self.counting = False
+        self._sums = torch.zeros(len(linears), len(OPERANDS), len(fields(Statistics)), dtype=torch.float64)
+
+    def add(self, linear: int, recipe: Fp8Recipe, x: Tensor, weight: Tensor, gradient: Tensor) -> None:
+        """Count a use of a linear.
+
+        Args:
+            linear: its number.
+            recipe: how it quantises.
+            x: [..., inputs].
+            weight: [outputs, inputs].
+            gradient: [..., outputs].
+        """
+        x, gradient = x.flatten(0, -2), gradient.flatten(0, -2)
+        found = (
+            recipe.input.statistics(x) + recipe.input_by_tokens.statistics(x),
+            recipe.weight.statistics(weight),
+            recipe.gradient.statistics(gradient) + recipe.gradient_by_tokens.statistics(gradient),
+        )
+        self._sums[linear] += torch.tensor([astuple(each) for each in found], dtype=torch.float64)
+
+    def take(self) -> dict[str, dict[str, Statistics]]:
+        """By linear and operand, of all ranks, each of which must call it; then counts anew.
+
+        Copies of a weight or an input on several ranks count as often as they are there.
+        """
+        dist.all_reduce(self._sums)
+        found = {
+            name: {operand: Statistics(*sums) for operand, sums in zip(OPERANDS, of_linear, strict=True)}
+            for name, of_linear in zip(self.linears, self._sums.tolist(), strict=True)
+        }
+        self._sums.zero_()
+        return found

@@ -1,0 +1,75 @@
+"""Which linears of the hybrid are quantised, and what megatron-core is told of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from nano_pretrain.platform.base import PlatformName
+from nano_pretrain.precision.linear import BLOCKWISE, CURRENT_SCALING
+from nano_pretrain.recipe.errors import RecipeError
+from nano_pretrain.recipe.pattern import LayerType, parse_pattern
+from nano_pretrain.recipe.schema import ParallelConfig, PrecisionConfig
+
+FP8_RECIPES = {"fp8_blockwise": BLOCKWISE, "fp8_current_scaling": CURRENT_SCALING}
+"""By `precision.name`."""
+
+ENGINE_RECIPES = {
+    "fp8_blockwise": {"fp8": "e4m3", "fp8_recipe": "blockwise"},
+    "fp8_current_scaling": {"fp8": "hybrid", "fp8_recipe": "tensorwise"},
+}
+"""The same for Transformer Engine, as fields of megatron-core's TransformerConfig."""
+
+LINEARS = {
+    LayerType.MAMBA: ("mixer.in_proj", "mixer.out_proj"),
+    LayerType.FEED_FORWARD: ("mlp.linear_fc1", "mlp.linear_fc2"),
+    LayerType.ATTENTION: ("self_attention.linear_qkv", "self_attention.linear_proj"),
+}
+"""Submodules of a layer that multiply by a weight, in the order in which they do."""
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear of the model.
+
+    Attributes:
+        layer: index of its layer in the whole model.
+        name: of the submodule in the layer.
+    """
+
+    layer: int
+    name: str
+
+    def __str__(self) -> str:
+        return f"layers.{self.layer}.{self.name}"
+
+
+def fp8_linears(pattern: str, precision: PrecisionConfig) -> list[Linear]:
+    """Those that are quantised, of all pipeline positions: all but the first and last of the model."""
+    if precision.name not in FP8_RECIPES:
+        return []
+    linears = [Linear(layer, name) for layer, kind in enumerate(parse_pattern(pattern)) for name in LINEARS[kind]]
+    return linears[precision.bf16_first_linears : len(linears) - precision.bf16_last_linears]
+
+
+def engine_fields(
+    pattern: str, precision: PrecisionConfig, layout: ParallelConfig, platform: PlatformName
+) -> dict[str, Any]:
+    """Fields of megatron-core's TransformerConfig by which Transformer Engine quantises the same linears.
+
+    It enters its FP8 context by layer; the rules of the recipe see to it that a layer is quantised as a whole. Weights
+    are FP8 tensors there, and gathered as such. None for a CPU, whose linears are not Transformer Engine's.
+
+    Raises:
+        RecipeError: more layers stay BF16 at an end than megatron-core 0.16 takes.
+    """
+    if platform == "cpu" or precision.name not in ENGINE_RECIPES:
+        return {}
+    ends = {}
+    for end, name in (("start", "bf16_first_linears"), ("end", "bf16_last_linears")):
+        layers, most = getattr(precision, name) // 2, len(pattern) // layout.pipeline
+        if layers > most:
+            problem = f"{2 * layers} linears are more than a pipeline stage has, which megatron-core does not take"
+            raise RecipeError(f"precision.{name}", problem, f"write at most {2 * most}, or fewer pipeline stages")
+        ends[f"num_layers_at_{end}_in_bf16"] = layers
+    return {**ENGINE_RECIPES[precision.name], "fp8_param": True, "first_last_layers_bf16": True, **ends}
