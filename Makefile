@@ -8,6 +8,7 @@ TORCH ?= torch==2.13.0
 RECIPE ?= tiny
 BIN := .venv/bin
 READY := .venv/.ready
+GPU_READY := .venv/.gpu-ready
 
 .PHONY: setup pretrain test test-full test-gpu check bench bench-gpu clean
 
@@ -29,8 +30,13 @@ test: $(READY)
 test-full: $(READY)
 	$(BIN)/pytest -m 'not gpu'
 
-test-gpu: $(READY)
+# Built against this environment's torch, with nvcc; so what they build with comes first.
+$(GPU_READY): $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check hatchling editables setuptools wheel packaging ninja
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable '.[gpu]'
+	touch $(GPU_READY)
+
+test-gpu: $(GPU_READY)
 	$(BIN)/pytest -m gpu
 
 check: $(READY)
@@ -44,8 +50,8 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.profile_step
 	$(BIN)/python -m benchmarks.scan
 
-bench-gpu: $(READY)
-	$(BIN)/python -m benchmarks.step --precision bf16
+bench-gpu: $(GPU_READY)
+	$(BIN)/python -m benchmarks.gpu
 
 clean:
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -3,7 +3,7 @@
     python -m benchmarks.profile_step [--hidden 256|1024] [--precision fp32|bf16] [--kernels auto|plain] [--threads 2]
 
 The model is that of `benchmarks.step`, or its shape at hidden size 1,024. Seconds are the self times of torch's
-operators and of the native kernels, summed over three steps; the bound is the model's FLOPs (`plan.flops`) at the
+operators and of the native kernels, summed over three steps; the bound is the model's FLOPs (`recipe.flops`) at the
 best rate of a few matrix products.
 """
 
@@ -20,8 +20,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from benchmarks.step import MODEL, ours
 from nano_pretrain.kernels.native.library import Library
 from nano_pretrain.parallel.groups import process_groups, ranks_from_environment
-from nano_pretrain.plan.flops import count_flops
 from nano_pretrain.platform import current_platform
+from nano_pretrain.recipe.flops import count_flops
 from nano_pretrain.recipe.schema import ModelConfig, PrecisionConfig, Recipe
 
 LARGER = ModelConfig(

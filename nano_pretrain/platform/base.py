@@ -4,12 +4,32 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
     # The preflight lives in this package and answers before torch is imported.
     import torch
     from torch import nn
+
+    from nano_pretrain.recipe.schema import ParallelConfig, Recipe
+
+
+PlatformName = Literal["cuda", "cpu"]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What holds the tensors of one rank, or of several.
+
+    Attributes:
+        name: of the device or machine, for people.
+        capacity: bytes.
+        ranks: how many share it.
+    """
+
+    name: str
+    capacity: float
+    ranks: int = 1
 
 
 @dataclass(frozen=True)
@@ -25,8 +45,15 @@ class LayerModules:
 class Platform(Protocol):
     """Everything the rest of the code asks of the machine's kind."""
 
-    name: str
+    name: PlatformName
     backend: str
+
+    def memory(self, local_rank: int) -> Memory:
+        """Where the rank's tensors will be; the answer needs no preparation.
+
+        Args:
+            local_rank: number of the rank on its host.
+        """
 
     def prepare(self, local_rank: int, threads: int | None, kernels: str = "auto") -> torch.device:
         """Make torch and megatron-core ready on this machine; returns the rank's device.
@@ -46,8 +73,19 @@ class Platform(Protocol):
     def layer_modules(self) -> LayerModules:
         """Modules for the layer specs."""
 
-    def config_overrides(self) -> dict[str, Any]:
-        """Fields of megatron-core's TransformerConfig that depend on the platform."""
+    def prepare_model(self, recipe: Recipe, layout: ParallelConfig) -> dict[str, Any]:
+        """Make ready what the layers of a model need, once there are process groups.
+
+        Args:
+            recipe: the recipe.
+            layout: layout of the process groups.
+
+        Returns:
+            Fields of megatron-core's TransformerConfig that depend on the platform.
+
+        Raises:
+            RecipeError: the layout asks for what this platform does not have.
+        """
 
     def optimizer_scope(self) -> AbstractContextManager[None]:
         """Around the construction, each step, and saving and loading of megatron-core's optimizers."""

@@ -20,12 +20,15 @@ from contextlib import AbstractContextManager, contextmanager
 from types import ModuleType
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 
 from nano_pretrain.kernels.native.library import choose_kernels
-from nano_pretrain.platform.base import LayerModules
+from nano_pretrain.platform.base import LayerModules, Memory, PlatformName
 from nano_pretrain.platform.products import use_onednn_for_fp32
+from nano_pretrain.recipe.rules_gpu import refuse_on_cpu
+from nano_pretrain.recipe.schema import ParallelConfig, Recipe
 
 MODULES = (
     "megatron.core",
@@ -265,22 +268,30 @@ def keep_freed_memory() -> None:
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
 
+def _local_ranks() -> int:
+    """Ranks on this machine, as torchrun and `launch` set them."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 class CpuPlatform:
     """Gloo and portable kernels."""
 
-    name = "cpu"
+    name: PlatformName = "cpu"
     backend = "gloo"
 
     def __init__(self) -> None:
         self._kernels = "plain"
+
+    def memory(self, local_rank: int) -> Memory:
+        """The machine's, without swap, for all ranks on it."""
+        return Memory("this machine", psutil.virtual_memory().total, _local_ranks())
 
     def prepare(self, local_rank: int, threads: int | None, kernels: str = "auto") -> torch.device:
         """Set the thread count, flush denormals, choose the kernels, adapt megatron-core."""
         # Decay products underflow; without flushing, denormals make the scan up to 2.5 times slower. Before any
         # parallel region.
         torch.set_flush_denormal(True)
-        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_ranks))
+        torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // _local_ranks()))
         keep_freed_memory()
         use_onednn_for_fp32()
         self._kernels = choose_kernels(kernels)
@@ -300,8 +311,9 @@ class CpuPlatform:
 
         return LayerModules(ColumnParallelLinear, RowParallelLinear, RMSNorm, CausalAttention)
 
-    def config_overrides(self) -> dict[str, Any]:
+    def prepare_model(self, recipe: Recipe, layout: ParallelConfig) -> dict[str, Any]:
         """Switch off what needs CUDA kernels; `batch_p2p_comm` is right for gloo, its synchronisation is not needed."""
+        refuse_on_cpu(recipe, layout)
         return {
             "gradient_accumulation_fusion": False,
             "bias_dropout_fusion": False,

@@ -39,7 +39,10 @@ ENVIRONMENT = {
 }
 
 BUILD_BACKEND = """
+import sys
 from pathlib import Path
+
+__legacy__ = sys.modules[__name__]
 
 
 def prepare_metadata_for_build_wheel(directory, settings=None):
@@ -52,12 +55,16 @@ def prepare_metadata_for_build_wheel(directory, settings=None):
 
 
 def archive(cache: Path = CACHE) -> Path:
-    """The pinned source archive, whole and checked; fetched through pip where the cache lacks it.
+    """mamba-ssm's pinned source archive; see `source_archive`."""
+    return source_archive(load_package_file(PIN), cache)
+
+
+def source_archive(package: Package, cache: Path = CACHE) -> Path:
+    """A pinned source archive, whole and checked; fetched through pip where the cache lacks it.
 
     Raises:
         UserError: it is neither in the cache nor to be had; one line.
     """
-    package = load_package_file(PIN)
     target = cache / package.file
     if not target.is_file() or file_sha256(target) != package.sha256:
         cache.mkdir(parents=True, exist_ok=True)

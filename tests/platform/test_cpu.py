@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import psutil
 import pytest
 
 from nano_pretrain.platform import cpu
@@ -92,3 +93,12 @@ def test_nothing_is_applied_where_cuda_exists() -> None:
 def test_ranks_share_the_cores(threads: int | None, local_ranks: int) -> None:
     expected = threads or max(1, len(os.sched_getaffinity(0)) // local_ranks)
     assert run_ranks(facts.threads_of_a_rank, 1, threads, local_ranks)[0] == expected
+
+
+@pytest.mark.parametrize("local_ranks", [None, 3])
+def test_ranks_share_the_memory(monkeypatch: pytest.MonkeyPatch, local_ranks: int | None) -> None:
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if local_ranks:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local_ranks))
+    memory = cpu.CpuPlatform().memory(0)
+    assert (memory.capacity, memory.ranks) == (psutil.virtual_memory().total, local_ranks or 1)

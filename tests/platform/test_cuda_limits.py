@@ -8,11 +8,20 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from nano_pretrain.compose import compose
 from nano_pretrain.parallel.groups import Ranks
 from nano_pretrain.platform import cuda
-from nano_pretrain.platform.cuda_limits import CudaFacts, check_cuda, check_fp8_support, check_scan
+from nano_pretrain.platform.cuda_limits import (
+    CudaFacts,
+    check_attention,
+    check_convolution,
+    check_cuda,
+    check_fp8_support,
+    check_graphs,
+    check_scan,
+)
 from nano_pretrain.recipe.errors import RecipeError
 from nano_pretrain.recipe.load import tree
 from nano_pretrain.recipe.schema import ParallelConfig
@@ -51,6 +60,28 @@ def test_other_precisions_need_nothing_and_newer_versions_count_as_numbers() -> 
     check_fp8_support("fp8_blockwise", CudaFacts((10, 0), (12, 10)))
 
 
+@pytest.mark.parametrize("capability", [(10, 0), (10, 3), (12, 0)])
+def test_blackwell_computes_blockwise_with_scales_that_are_powers_of_two(capability: tuple[int, int]) -> None:
+    check_fp8_support("fp8_blockwise", CudaFacts(capability, (12, 9)))
+    check_fp8_support("fp8_current_scaling", CudaFacts(capability, (12, 9), fp32_scales=True))
+    message = (
+        r"^precision\.name: fp8_blockwise needs scales .* powers of two .*; unset NVTE_FP8_BLOCK_SCALING_FP32_SCALES"
+    )
+    with pytest.raises(RecipeError, match=message):
+        check_fp8_support("fp8_blockwise", CudaFacts(capability, (12, 9), fp32_scales=True))
+    check_fp8_support("fp8_blockwise", CudaFacts((9, 0), (12, 9), fp32_scales=True))
+
+
+@pytest.mark.parametrize(("value", "asked"), [("1", True), ("0", False), (None, False)])
+def test_the_environment_asks_for_other_scales(monkeypatch: pytest.MonkeyPatch, value: str | None, asked: bool) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "12.9")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda local_rank: (10, 0))
+    monkeypatch.delenv("NVTE_FP8_BLOCK_SCALING_FP32_SCALES", raising=False)
+    if value is not None:
+        monkeypatch.setenv("NVTE_FP8_BLOCK_SCALING_FP32_SCALES", value)
+    assert cuda.cuda_facts(0) == CudaFacts((10, 0), (12, 9), fp32_scales=asked)
+
+
 def test_a_stage_that_the_scan_cannot_address_is_named() -> None:
     recipe = compose(["recipe=nano_12b_v2"]).recipe
     stage = recipe.stages["long_context"]
@@ -73,6 +104,75 @@ def test_context_parallel_ranks_keep_a_copy_of_a_group() -> None:
     stage.sequence_length += 1
     with pytest.raises(RecipeError, match="in_proj's output"):
         check_scan(recipe, "pretrain")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("mamba_conv_width", 5, r"^model\.mamba_conv_width: causal-conv1d has widths 2 to 4, not 5; write 4"),
+        ("mamba_head_dim", 33, r"^parallel\.tensor: .* 1180 channels .* a multiple of 8; lower tensor or context"),
+    ],
+)
+def test_a_convolution_without_a_kernel(field: str, value: int, message: str) -> None:
+    recipe = compose(["recipe=tiny"]).recipe
+    widths: dict[str, Any] = {"mamba_num_heads": 28, "mamba_num_groups": 4, "mamba_state_dim": 32, "mamba_head_dim": 32}
+    recipe.model = replace(recipe.model, **widths)
+    check_convolution(recipe, "pretrain")
+    setattr(recipe.model, field, value)
+    with pytest.raises(RecipeError, match=message):
+        check_convolution(recipe, "pretrain")
+    recipe.model.pattern = "*-"
+    check_convolution(recipe, "pretrain")
+
+
+def test_fp32_attention_under_context_parallelism() -> None:
+    recipe = compose(["recipe=tiny", "precision=fp32", "data.document_boundaries=ignore"]).recipe
+    check_attention(recipe, "pretrain")
+    recipe.parallel = ParallelConfig(context=2)
+    with pytest.raises(
+        RecipeError, match=r"^parallel\.context: .* no FP32 .*; write parallel\.context=1, precision=bf16"
+    ):
+        check_attention(recipe, "pretrain")
+    recipe.data.document_boundaries = "reset"
+    check_attention(recipe, "pretrain")
+    recipe.data.document_boundaries, recipe.model.pattern = "ignore", "M-"
+    check_attention(recipe, "pretrain")
+
+
+@pytest.mark.parametrize(
+    ("graphs", "segments", "capability", "refused"),
+    [
+        (True, True, (9, 0), True),
+        (True, True, (10, 0), False),
+        (True, False, (9, 0), False),
+        (False, True, (9, 0), False),
+    ],
+)
+def test_graphs_whose_memory_two_would_manage(
+    graphs: bool, segments: bool, capability: tuple[int, int], refused: bool
+) -> None:
+    recipe = compose(["recipe=tiny"]).recipe
+    recipe.parallel = ParallelConfig(cuda_graphs=graphs)
+    facts = CudaFacts(capability, (12, 9), segments_in_graphs=segments)
+    if not refused:
+        check_graphs(recipe, "pretrain", facts)
+        return
+    with pytest.raises(RecipeError, match=r"^parallel\.cuda_graphs: PYTORCH_CUDA_ALLOC_CONF .*; set NCCL_GRAPH_REGIS"):
+        check_graphs(recipe, "pretrain", facts)
+
+
+@pytest.mark.parametrize(("register", "together"), [(None, True), ("1", True), ("0", False)])
+def test_the_environment_lets_two_manage_the_memory_of_graphs(
+    monkeypatch: pytest.MonkeyPatch, register: str | None, together: bool
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "12.9")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda local_rank: (9, 0))
+    monkeypatch.delenv("NCCL_GRAPH_REGISTER", raising=False)
+    assert not cuda.cuda_facts(0).segments_in_graphs
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:512,expandable_segments:True")
+    if register is not None:
+        monkeypatch.setenv("NCCL_GRAPH_REGISTER", register)
+    assert cuda.cuda_facts(0).segments_in_graphs == together
 
 
 def test_train_checks_before_it_prepares_the_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
