@@ -97,9 +97,7 @@ def check_bytes(recipe: Recipe, config: ParallelConfig, data_parallel: int) -> N
             assert found.optimizer == owned[replica]
 
 
-def buffers_of(
-    recipe: Recipe, config: ParallelConfig, data_parallel: int, part: Part
-) -> tuple[ParameterBuffer, ...]:
+def buffers_of(recipe: Recipe, config: ParallelConfig, data_parallel: int, part: Part) -> tuple[ParameterBuffer, ...]:
     tensors = rank_tensors(recipe.model, config, part)
     storages = [storage_of(tensor, recipe.model, recipe.precision, fp8=False) for tensor in tensors]
     elements = bucket_size(config, data_parallel, part.position)
