@@ -50,7 +50,7 @@ def run(directory: Path, name: str, ranks: int, layout: list[str], steps: int) -
     subprocess.run(command, check=True, capture_output=True)
     lines = (directory / name / "metrics.jsonl").read_text().splitlines()
     speeds = [json.loads(line)["tokens_per_second"] for line in lines[2 : steps - 3]]
-    trace = json.loads((directory / name / "logs/trace-rank-0.json").read_text())
+    trace = json.loads((directory / name / f"logs/trace-rank-0-from-step-{steps - 2}.json").read_text())
     return statistics.median(speeds), communicating(trace["traceEvents"])
 
 

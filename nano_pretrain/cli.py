@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import signal
@@ -66,6 +67,11 @@ def main() -> NoReturn:
         # The reader of our output has gone; without this Python fails once more when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = EXIT_NO_READER
+    except OSError as error:
+        if error.errno != errno.ENOSPC or error.filename:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _fail("stdout: the disk is full; write somewhere else", EXIT_USER_ERROR)
     # Else Python's last collection walks all objects of torch and megatron-core, for two seconds.
     gc.freeze()
     sys.exit(code)

@@ -81,9 +81,8 @@ def _started_as() -> tuple[int, int]:
 
 def launch(recipe: Recipe, overrides: list[str]) -> int:
     """All ranks of the stage that is next, stage after stage."""
-    from nano_pretrain.checkpoint.manifest import newest_tokens
     from nano_pretrain.launch.local import launch_local
-    from nano_pretrain.train.before import answer, check_before
+    from nano_pretrain.train.before import answer, asks_for_restart, check_before, next_stage
 
     directory = run_directory(recipe)
     curriculum = check_before(recipe, directory, first_rank=True)
@@ -91,8 +90,7 @@ def launch(recipe: Recipe, overrides: list[str]) -> int:
         return code
     command = [sys.executable, "-m", "nano_pretrain", "train", *overrides, f"run.name='{recipe.run.name}'"]
     while True:
-        before = newest_tokens(directory) or 0
-        stage = curriculum.stage_at(min(before, curriculum.total_tokens - 1))
+        stage = next_stage(directory, curriculum)
         code = launch_local(
             command,
             ranks=stage_ranks(recipe, stage.config),
@@ -101,8 +99,7 @@ def launch(recipe: Recipe, overrides: list[str]) -> int:
             threads_per_rank=recipe.cluster.threads_per_rank,
             environment={},
         )
-        after = newest_tokens(directory) or 0
-        if code != EXIT_CONTINUE or after >= curriculum.total_tokens or curriculum.stage_at(after) is stage:
+        if code != EXIT_CONTINUE or not asks_for_restart(directory):
             return code
 
 

@@ -14,6 +14,7 @@ from nano_pretrain.plan.device import Device
 from nano_pretrain.plan.step_time import step_time
 from nano_pretrain.recipe.errors import RecipeError
 from nano_pretrain.recipe.load import recorded_recipe
+from nano_pretrain.recipe.rules import check_layout
 from nano_pretrain.recipe.schema import Recipe
 
 
@@ -53,7 +54,7 @@ def calibrate(recipe: Recipe, device: Device) -> Calibration | None:
     for stage, speed in _measured(path):
         speeds.setdefault(stage, []).append(speed)
     recorded = path.with_name("recipe.yaml")
-    run = _measured_recipe(recipe, recorded.parent) if recorded.exists() else recipe
+    run = _measured_recipe(recipe, recorded.parent, list(speeds)) if recorded.exists() else recipe
     steps = {stage: len(found) for stage, found in speeds.items() if stage in run.stages}
     if not steps:
         known = ", ".join(run.stages)
@@ -89,14 +90,26 @@ def _measured(path: Path) -> Iterator[tuple[str, float]]:
             yield stage, speed
 
 
-def _measured_recipe(recipe: Recipe, directory: Path) -> Recipe:
-    """What was measured: that run's recipe on the ranks that its environment names, under this recipe's assumptions."""
+def _measured_recipe(recipe: Recipe, directory: Path, stages: list[str]) -> Recipe:
+    """What was measured: that run's recipe under this recipe's assumptions.
+
+    The run's environment is that of its last start: the last of `stages` ran on the ranks that it names.
+
+    Raises:
+        RecipeError: it cannot have run on them.
+    """
     run = recorded_recipe(directory)
     run.plan = recipe.plan
     run.cluster.peak_tflops = recipe.cluster.peak_tflops
     ranks = _world(directory)
-    if ranks is not None:
-        run.stages = {name: replace(stage, gpus=ranks) for name, stage in run.stages.items()}
+    last = stages[-1] if stages else ""
+    if ranks is not None and last in run.stages:
+        run.stages[last] = replace(run.stages[last], gpus=ranks)
+        try:
+            check_layout(run, last)
+        except RecipeError as error:
+            problem = f"{directory / 'environment.json'} names {ranks} ranks, on which {last} cannot have run ({error})"
+            raise RecipeError("plan.metrics", problem, "restore that file, or remove it") from error
     return run
 
 

@@ -88,11 +88,14 @@ class Transfer:
         if group.size == 1 or not self.bytes:
             return 0.0
         near = group.in_node(device.devices_per_node)
-        outside = (group.size - near) / (group.size - 1)
-        if self.kind in BETWEEN_NEIGHBOURS:
-            outside = float(near < group.size)
-        elif not self.kind.endswith("all-to-all"):
-            outside /= near
+        if near == group.size:
+            outside = 0.0
+        elif self.kind in BETWEEN_NEIGHBOURS:
+            outside = 1.0
+        elif self.kind.endswith("all-to-all"):
+            outside = (group.size - near) / (group.size - 1)
+        else:
+            outside = 1 / near
         return max(self.bytes / device.link_rate, self.bytes * outside / device.network_rate)
 
 

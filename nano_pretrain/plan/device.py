@@ -9,8 +9,10 @@ from typing import Any, Literal
 
 import yaml
 
-from nano_pretrain.recipe.derived import parameter_dtype
+from nano_pretrain.platform.cuda_limits import check_kernels
+from nano_pretrain.recipe.derived import parameter_dtype, stage_layout
 from nano_pretrain.recipe.errors import RecipeError
+from nano_pretrain.recipe.rules_gpu import refuse_on_cpu
 from nano_pretrain.recipe.schema import Recipe
 
 DIRECTORY = Path(__file__).parent / "hardware"
@@ -108,6 +110,18 @@ def load_device(recipe: Recipe) -> Device:
     parameters = "fp32" if parameter_dtype(recipe.precision) == "float32" else "bf16"
     ratio = stated * 1e12 / device.peak(parameters)
     return replace(device, tflops={name: value and value * ratio for name, value in device.tflops.items()})
+
+
+def check_platform(recipe: Recipe, stage_name: str, device: Device) -> None:
+    """Refuse a stage that the hardware's kind of platform cannot train.
+
+    Raises:
+        RecipeError: it asks for GPUs on a CPU, or for what GPUs have no kernels for.
+    """
+    if device.platform == "cuda":
+        check_kernels(recipe, stage_name)
+    else:
+        refuse_on_cpu(recipe, stage_layout(recipe, recipe.stages[stage_name]))
 
 
 def _path(name: str) -> Path:

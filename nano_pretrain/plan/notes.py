@@ -18,7 +18,7 @@ NOT_COUNTED = (
 
 def notes(plan: Plan) -> list[str]:
     """One line each, warnings first."""
-    return [*warnings(plan), *assumptions(plan.device, plan.recipe.plan, plan.calibration)]
+    return [*warnings(plan), *_of_layouts(plan), *assumptions(plan.device, plan.recipe.plan, plan.calibration)]
 
 
 def warnings(plan: Plan) -> Iterator[str]:
@@ -33,11 +33,22 @@ def warnings(plan: Plan) -> Iterator[str]:
         yield f"{plan.recipe.precision.name} is counted as BF16, in time and memory: a CPU has no FP8 products"
 
 
+def _of_layouts(plan: Plan) -> Iterator[str]:
+    """What the stages' layouts are assumed to do, and which of them the command line's `parallel` does not reach."""
+    layouts = [report.layout for report in plan.stages.values()]
+    if plan.device.platform == "cuda" and any(layout.overlap for layout in layouts):
+        yield "assumed: overlap hides gradients behind the last backward and parameters behind the first forward pass"
+    if any(layout.tensor_overlap or layout.cuda_graphs for layout in layouts):
+        yield "not counted: what tensor_overlap and cuda_graphs save, and the memory of their buffers"
+    for name, report in plan.stages.items():
+        if report.config.parallel is not None:
+            yield f"{name} has a layout of its own, stages.{name}.parallel: what is written to parallel is not for it"
+
+
 def assumptions(device: Device, settings: PlanConfig, calibration: Calibration | None) -> Iterator[str]:
     """What the predicted times rest on."""
     shares = ", ".join(f"{name} {share:g}" for name, share in device.shares.items() if device.tflops.get(name, 1))
     yield f"assumed: of {device.name}'s peaks kernels and collectives reach: {shares}"
-    yield "assumed: overlap hides gradients behind the last backward pass and parameters behind the first forward pass"
     yield f"assumed: {settings.storage_gigabytes_per_second:g} GB/s to write checkpoints; {device.watts:g} W a device"
     yield f"not counted: {NOT_COUNTED}"
     yield _calibrated(calibration)

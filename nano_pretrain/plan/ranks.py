@@ -34,11 +34,7 @@ class Part:
 
 
 def pipeline_parts(model: ModelConfig, layout: ParallelConfig, sequence_length: int) -> list[Part]:
-    """The part of each pipeline position.
-
-    Raises:
-        RecipeError: as `pipeline_split`.
-    """
+    """The part of each pipeline position."""
     layers = parse_pattern(model.pattern)
     sizes = pipeline_split(model, layout, sequence_length)
     ends = list(accumulate(sizes))

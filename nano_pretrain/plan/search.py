@@ -7,10 +7,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
-from nano_pretrain.plan.device import Device
+from nano_pretrain.plan.device import Device, check_platform
 from nano_pretrain.plan.memory import stage_memory
 from nano_pretrain.plan.step_time import step_time
-from nano_pretrain.platform.cuda_limits import check_scan
 from nano_pretrain.recipe.derived import stage_layout, stage_ranks
 from nano_pretrain.recipe.errors import RecipeError
 from nano_pretrain.recipe.rules import RULES
@@ -160,8 +159,7 @@ def check_trial(trial: Recipe, stage_name: str, device: Device) -> None:
     """
     for rule in RULES:
         rule(trial)
-    if device.platform == "cuda":
-        check_scan(trial, stage_name)
+    check_platform(trial, stage_name, device)
 
 
 def largest_rank(trial: Recipe, stage_name: str, device: Device) -> int:

@@ -9,13 +9,12 @@ from nano_pretrain.plan.blocks import executed_flops
 from nano_pretrain.plan.calibration import Calibration, calibrate
 from nano_pretrain.plan.cost import Cost, stage_cost
 from nano_pretrain.plan.data import DataPlan, plan_data
-from nano_pretrain.plan.device import Device, load_device
+from nano_pretrain.plan.device import Device, check_platform, load_device
 from nano_pretrain.plan.memory import RankMemory, stage_memory
 from nano_pretrain.plan.params import ParameterCount, count_parameters
 from nano_pretrain.plan.ranks import RankParameters, pipeline_parts, rank_parameters
 from nano_pretrain.plan.step_time import StepTime, step_time
 from nano_pretrain.plan.work import layer_format, plain_format
-from nano_pretrain.platform.cuda_limits import check_scan
 from nano_pretrain.recipe.derived import stage_layout, stage_ranks
 from nano_pretrain.recipe.flops import ModelFlops, count_flops
 from nano_pretrain.recipe.schema import ParallelConfig, Recipe, StageConfig
@@ -93,13 +92,12 @@ def make_plan(recipe: Recipe) -> Plan:
     """Plan a checked recipe.
 
     Raises:
-        UserError: hardware, metrics or corpus are not what they should be, the curriculum is wrong, or a stage is too
-            long for a GPU's kernels.
+        UserError: hardware, metrics or corpus are not what they should be, the curriculum is wrong, or the
+            hardware has no kernels for a stage.
     """
     device = load_device(recipe)
-    if device.platform == "cuda":
-        for name in recipe.stages:
-            check_scan(recipe, name)
+    for name in recipe.stages:
+        check_platform(recipe, name, device)
     data = plan_data(recipe)
     calibration = calibrate(recipe, device)
     factor = calibration.factor if calibration else 1.0

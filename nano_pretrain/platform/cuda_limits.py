@@ -65,10 +65,19 @@ def check_cuda(recipe: Recipe, facts: CudaFacts) -> None:
     """
     check_fp8_support(recipe.precision.name, facts)
     for name in recipe.stages:
-        check_scan(recipe, name)
-        check_convolution(recipe, name)
-        check_attention(recipe, name)
+        check_kernels(recipe, name)
         check_graphs(recipe, name, facts)
+
+
+def check_kernels(recipe: Recipe, stage_name: str) -> None:
+    """Refuse a stage for which GPUs have no kernels, whichever they are.
+
+    Raises:
+        RecipeError: it is too long for the scan, or the convolution or the attention has no kernel.
+    """
+    check_scan(recipe, stage_name)
+    check_convolution(recipe, stage_name)
+    check_attention(recipe, stage_name)
 
 
 def check_fp8_support(precision: str, facts: CudaFacts) -> None:

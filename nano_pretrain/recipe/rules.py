@@ -229,7 +229,7 @@ def check_ranks(field: str, prefix: str, stage: StageConfig, layout: ParallelCon
     data_parallel = ranks // model_ranks
     together = data_parallel * stage.micro_batch_size
     if stage.global_batch_size % together:
-        fix = f"write a multiple of {together}, or change micro_batch_size"
+        fix = f"write {field}.global_batch_size as a multiple of {together}, or change {field}.micro_batch_size"
         raise RecipeError(
             f"{field}.global_batch_size",
             f"{stage.global_batch_size} is not divisible by {data_parallel} data-parallel ranks ({ranks} ranks, "

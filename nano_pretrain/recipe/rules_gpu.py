@@ -8,6 +8,7 @@ from nano_pretrain.recipe.derived import stage_layout
 from nano_pretrain.recipe.errors import RecipeError
 from nano_pretrain.recipe.rules_layout import layout_field
 from nano_pretrain.recipe.schema import ParallelConfig, Recipe, StageConfig
+from nano_pretrain.recipe.split import stage_build
 
 GPU_OPTIONS = ("tensor_overlap", "cuda_graphs")
 """Fields of a layout that need GPUs."""
@@ -77,7 +78,7 @@ def _one_shape(recipe: Recipe, stage_name: str, field: str) -> None:
     """Refuse a stage whose micro-batches differ from those of another one that the same process trains."""
     stage = recipe.stages[stage_name]
     for name, other in recipe.stages.items():
-        if stage_layout(recipe, other) == stage_layout(recipe, stage) and _shape(other) != _shape(stage):
+        if stage_build(recipe, other) == stage_build(recipe, stage) and _shape(other) != _shape(stage):
             problem = f"needs micro-batches of one shape, and those of {name} and {stage_name} differ"
             raise RecipeError(field, problem, f"give one of them a layout of its own, or write {field}=false")
 

@@ -211,7 +211,7 @@ class LogConfig:
         100, "Steps between two lines of fp8.jsonl: what quantisation loses in each FP8 linear of a CPU; 0 writes none."
     )
     profile: Optional[list[int]] = option(
-        None, "First and last step to profile, for example [10,12]: logs/trace-rank-N.json for chrome://tracing."
+        None, "First and last step to profile, for example [10,12]: logs/trace-rank-*.json for chrome://tracing."
     )
 
 

@@ -12,10 +12,10 @@ from collections.abc import Callable
 from functools import lru_cache
 from itertools import accumulate
 
-from nano_pretrain.recipe.derived import padded_vocab_size
+from nano_pretrain.recipe.derived import padded_vocab_size, stage_layout, stage_ranks
 from nano_pretrain.recipe.flops import attention_layer_flops, feed_forward_layer_flops, mamba_layer_flops
 from nano_pretrain.recipe.pattern import LayerType, parse_pattern
-from nano_pretrain.recipe.schema import ModelConfig, ParallelConfig
+from nano_pretrain.recipe.schema import ModelConfig, ParallelConfig, Recipe, StageConfig
 
 
 def pipeline_split(model: ModelConfig, layout: ParallelConfig, sequence_length: int) -> tuple[int, ...]:
@@ -35,6 +35,15 @@ def pipeline_split(model: ModelConfig, layout: ParallelConfig, sequence_length: 
     }
     head = 2 * model.hidden_size * padded_vocab_size(model)
     return _balanced(tuple(cost[kind] for kind in layers), head, layout.pipeline)
+
+
+def stage_build(recipe: Recipe, stage: StageConfig) -> tuple[ParallelConfig, int, tuple[int, ...]]:
+    """What ranks are built for: layout, their number, layers of each pipeline position.
+
+    The same process trains consecutive stages for which it is the same.
+    """
+    layout = stage_layout(recipe, stage)
+    return layout, stage_ranks(recipe, stage), pipeline_split(recipe.model, layout, stage.sequence_length)
 
 
 @lru_cache

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+from itertools import takewhile
 from pathlib import Path
 
 from nano_pretrain.checkpoint.manifest import newest_manifest, newest_tokens
-from nano_pretrain.data.curriculum import Curriculum
+from nano_pretrain.data.curriculum import Curriculum, StagePlan
 from nano_pretrain.data.shards import MANIFEST_NAME, Corpus, open_corpus
 from nano_pretrain.platform.preflight import check_dependencies
 from nano_pretrain.recipe.derived import stage_layout
 from nano_pretrain.recipe.errors import EXIT_DONE, UserError
 from nano_pretrain.recipe.load import check_same_run
 from nano_pretrain.recipe.rules import check_ranks
+from nano_pretrain.recipe.rules_layout import layout_field
 from nano_pretrain.recipe.schema import Recipe
+from nano_pretrain.recipe.split import stage_build
 from nano_pretrain.train.directory import check_not_held
 
 
@@ -69,15 +72,21 @@ def _check_corpus(recipe: Recipe, directory: Path, corpus: Corpus) -> None:
 
 
 def check_started_ranks(recipe: Recipe, directory: Path, curriculum: Curriculum, world_size: int) -> None:
-    """Check the number of ranks that somebody has started against the stage that is next.
+    """Check the number of ranks that somebody has started against the stages that they will train.
 
     Raises:
         RecipeError: the layout or the batch does not fit them.
     """
-    stage = curriculum.stage_at(min(newest_tokens(directory) or 0, curriculum.total_tokens - 1))
-    prefix = f"stages.{stage.name}.parallel" if stage.config.parallel else "parallel"
-    layout = stage_layout(recipe, stage.config)
-    check_ranks(f"stages.{stage.name}", prefix, stage.config, layout, world_size, "started")
+    following = curriculum.stages[curriculum.stages.index(next_stage(directory, curriculum)) :]
+    build = stage_build(recipe, following[0].config)
+    for stage in takewhile(lambda stage: stage_build(recipe, stage.config) == build, following):
+        field, prefix = f"stages.{stage.name}", layout_field(stage.name, stage.config)
+        check_ranks(field, prefix, stage.config, stage_layout(recipe, stage.config), world_size, "started")
+
+
+def next_stage(directory: Path, curriculum: Curriculum) -> StagePlan:
+    """The stage that the run goes on with; the last one if it is finished."""
+    return curriculum.stage_at(min(newest_tokens(directory) or 0, curriculum.total_tokens - 1))
 
 
 def answer(recipe: Recipe, directory: Path, curriculum: Curriculum, speaks: bool) -> int | None:
@@ -107,5 +116,13 @@ def _ended_well(directory: Path) -> bool:
     """Whether the last process of the run also wrote what follows the last checkpoint."""
     try:
         return bool(json.loads((directory / "exit.json").read_text())["code"] == EXIT_DONE)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def asks_for_restart(directory: Path) -> bool:
+    """Whether the last process of a run ended for other ranks to go on, and not because it was stopped."""
+    try:
+        return bool(json.loads((directory / "exit.json").read_text())["restart"])
     except (OSError, ValueError, KeyError, TypeError):
         return False

@@ -23,7 +23,7 @@ class ExitFile:
     def __init__(self, directory: Path, ranks: Ranks) -> None:
         self.path = directory / "exit.json"
         self.ranks = ranks
-        self.code, self.reason = EXIT_FAILED, "failed"
+        self.code, self.reason, self.restart = EXIT_FAILED, "failed", False
         self.session: Session | None = None
 
     def __enter__(self) -> ExitFile:
@@ -39,14 +39,14 @@ class ExitFile:
         with suppress(OSError) if error is not None else nullcontext():
             self.write()
 
-    def set(self, code: int, reason: str) -> None:
-        """Remember how the process is going to end."""
-        self.code, self.reason = code, reason
+    def set(self, code: int, reason: str, restart: bool = False) -> None:
+        """Remember how the process is going to end; `restart` if nobody asked for it and other ranks go on."""
+        self.code, self.reason, self.restart = code, reason, restart
 
     def write(self) -> None:
         """Write what is known now; the report reads it."""
         if self.ranks.is_first:
             step, tokens = (self.session.step, self.session.tokens) if self.session else (None, None)
             when = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-            content = {"code": self.code, "reason": self.reason, "step": step, "tokens": tokens, "time": when}
-            write_json(self.path, content)
+            content = {"code": self.code, "reason": self.reason, "restart": self.restart}
+            write_json(self.path, content | {"step": step, "tokens": tokens, "time": when})

@@ -12,10 +12,8 @@ from typing import TYPE_CHECKING
 from nano_pretrain.data.curriculum import StagePlan
 from nano_pretrain.data.loader import BatchReader
 from nano_pretrain.parallel.groups import data_parallel_place
-from nano_pretrain.recipe.derived import stage_layout, stage_ranks
 from nano_pretrain.recipe.errors import RunError
-from nano_pretrain.recipe.schema import Recipe
-from nano_pretrain.recipe.split import pipeline_split
+from nano_pretrain.recipe.split import stage_build
 from nano_pretrain.schedule.learning_rate import learning_rate
 from nano_pretrain.train.session import Callback, Session, StepRecord
 from nano_pretrain.train.signals import StopRequest
@@ -31,15 +29,21 @@ class NotFiniteError(RunError):
 
 @dataclass(frozen=True)
 class Ending:
-    """Why the loop ended, when not because the run is finished."""
+    """Why the loop ended, when not because the run is finished.
+
+    Attributes:
+        reason: in words.
+        restart: whether other ranks are needed to go on, and nobody asked to stop.
+    """
 
     reason: str
+    restart: bool = False
 
 
 def run_loop(
     session: Session, reader: BatchReader, callbacks: Sequence[Callback], request: StopRequest
 ) -> Ending | None:
-    """Train until the tokens are consumed, a stop is requested, or the next stage needs another layout.
+    """Train until the tokens are consumed, a stop is requested, or the next stage needs other ranks or another layout.
 
     Returns:
         None when the run is finished.
@@ -108,12 +112,8 @@ def _ending(session: Session, stop: bool, request: StopRequest) -> Ending | None
     if stop:
         return Ending(f"stopped by {request.signal_name or 'a signal on another rank'}")
     current, following = (session.curriculum.stage_at(tokens) for tokens in (session.tokens - 1, session.tokens))
-    if _ranks(session.recipe, following) != _ranks(session.recipe, current):
-        return Ending(f"stage {following.name} needs another layout")
+    if following is not current and stage_build(session.recipe, following.config) != stage_build(
+        session.recipe, current.config
+    ):
+        return Ending(f"stage {following.name} needs other ranks or another layout", restart=True)
     return None
-
-
-def _ranks(recipe: Recipe, stage: StagePlan) -> tuple[object, ...]:
-    """What ranks are built for: layout, number, and the layers of each pipeline position."""
-    layout = stage_layout(recipe, stage.config)
-    return layout, stage_ranks(recipe, stage.config), pipeline_split(recipe.model, layout, stage.sequence_length)

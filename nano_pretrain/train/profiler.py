@@ -10,7 +10,7 @@ from nano_pretrain.train.session import Session, StepRecord
 class Profiler:
     """Profiles steps with torch's profiler and writes one trace a rank to `logs/`, for chrome://tracing or Perfetto.
 
-    A run that ends in between writes what there is.
+    A run that ends in between writes what there is, and a resumed one the rest to a file of its own.
 
     Args:
         first: number of the first step to profile, from 1.
@@ -21,6 +21,7 @@ class Profiler:
         self.first = first
         self.last = last
         self._profile: profile | None = None
+        self._begun = first
 
     def on_start(self, session: Session) -> None:
         """Begin, if the next step is the first one or a later one of them."""
@@ -40,6 +41,7 @@ class Profiler:
         if self._profile is None and self.first <= step <= self.last:
             self._profile = profile(activities=supported_activities(), record_shapes=True, profile_memory=True)
             self._profile.start()
+            self._begun = step
 
     def _write(self, session: Session) -> None:
         if self._profile is None:
@@ -47,5 +49,6 @@ class Profiler:
         self._profile.stop()
         directory = session.directory / "logs"
         directory.mkdir(exist_ok=True)
-        self._profile.export_chrome_trace(str(directory / f"trace-rank-{session.ranks.rank}.json"))
+        name = f"trace-rank-{session.ranks.rank}-from-step-{self._begun}.json"
+        self._profile.export_chrome_trace(str(directory / name))
         self._profile = None

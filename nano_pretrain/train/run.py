@@ -36,6 +36,7 @@ from nano_pretrain.recipe.derived import stage_layout
 from nano_pretrain.recipe.errors import EXIT_CONTINUE, EXIT_DONE
 from nano_pretrain.recipe.load import to_yaml
 from nano_pretrain.recipe.schema import ParallelConfig, Recipe
+from nano_pretrain.recipe.split import stage_build
 from nano_pretrain.train.callbacks import Checkpoints, Metrics, Quantisation, Validation
 from nano_pretrain.train.directory import full_disk_is_the_users_to_mend, only_trainer, truncate_streams
 from nano_pretrain.train.environment import check_same_kernels, environment, recorded_kernels
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
 
 
 def train(recipe: Recipe, directory: Path, request: StopRequest) -> int:
-    """Train until the run is finished, a stop is requested, or the next stage needs another layout.
+    """Train until the run is finished, a stop is requested, or the next stage needs other ranks or another layout.
 
     Args:
         recipe: checked recipe.
@@ -97,7 +98,10 @@ def _report(directory: Path) -> Path:
     return render_report(directory)
 
 
-def _train(recipe: Recipe, directory: Path, ranks: Ranks, request: StopRequest, ending: ExitFile) -> tuple[int, str]:
+def _train(
+    recipe: Recipe, directory: Path, ranks: Ranks, request: StopRequest, ending: ExitFile
+) -> tuple[int, str, bool]:
+    """Exit code, reason, and whether other ranks are needed to go on."""
     platform = current_platform()
     if platform.name == "cuda":
         from nano_pretrain.platform.cuda import cuda_facts
@@ -117,9 +121,10 @@ def _train(recipe: Recipe, directory: Path, ranks: Ranks, request: StopRequest, 
         session = Session(recipe, directory, ranks, platform, corpus, curriculum, layout, trainable)
         ending.session = session
         _resume(session)
-        if session.tokens != done and curriculum.stage_at(session.tokens) is not stage:
-            # The newest checkpoint was damaged, and the one before belongs to another stage with another layout.
-            return EXIT_CONTINUE, "the newest checkpoint was damaged; run again to continue from the one before"
+        before = curriculum.stage_at(min(session.tokens, curriculum.total_tokens - 1))
+        if stage_build(recipe, before.config) != stage_build(recipe, stage.config):
+            reason = "the newest checkpoint was damaged, and the one before belongs to a stage on other ranks"
+            return EXIT_CONTINUE, reason, True
         reset = recipe.data.document_boundaries == "reset"
         reader = BatchReader(corpus, curriculum, data_parallel_place(), reset, device, context_parallel_place())
         heldout = _heldout(session, reset, device)
@@ -130,13 +135,13 @@ def _train(recipe: Recipe, directory: Path, ranks: Ranks, request: StopRequest, 
                     f"{directory}: {stopped.reason}; checkpoint at {session.tokens:,} tokens, run again to continue",
                     flush=True,
                 )
-            return EXIT_CONTINUE, stopped.reason
+            return EXIT_CONTINUE, stopped.reason, stopped.restart
         _finish(session, heldout)
-    return EXIT_DONE, "finished"
+    return EXIT_DONE, "finished", False
 
 
 def _check_room(recipe: Recipe, platform: Platform, ranks: Ranks, stages: Sequence[StagePlan]) -> None:
-    """Refuse what this machine's memory cannot hold of what these ranks train: stages up to another layout.
+    """Refuse what this machine's memory cannot hold of what these ranks train: stages up to other ranks.
 
     On a GPU, for which the memory model was never compared with measurements, it is only said.
 
@@ -149,8 +154,8 @@ def _check_room(recipe: Recipe, platform: Platform, ranks: Ranks, stages: Sequen
     Raises:
         RecipeError: in the words of `plan`.
     """
-    layout = stage_layout(recipe, stages[0].config)
-    trained = takewhile(lambda stage: stage_layout(recipe, stage.config) == layout, stages)
+    build = stage_build(recipe, stages[0].config)
+    trained = takewhile(lambda stage: stage_build(recipe, stage.config) == build, stages)
     here = {stage.name: replace(stage.config, gpus=ranks.world_size) for stage in trained}
     for refusal in without_room(replace(recipe, stages=here), here, platform.name, platform.memory(ranks.local_rank)):
         if platform.name == "cpu":

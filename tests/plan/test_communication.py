@@ -128,8 +128,8 @@ def test_time_within_and_between_nodes_by_hand() -> None:
     assert gather.seconds(Group(1, 1), h100) == 0
     assert gather.seconds(Group(8, 1), h100) == pytest.approx(1e9 / inside)
     assert gather.seconds(Group(16, 8), h100) == pytest.approx(1e9 / outside), "each member in a node of its own"
-    # Two nodes of eight: 8/15 of the bytes come from the other node, over eight adapters.
-    assert gather.seconds(Group(16, 1), h100) == pytest.approx(1e9 / inside)
+    # Two nodes of eight: all that the ring moves crosses the border, over the eight adapters of a node.
+    assert gather.seconds(Group(16, 1), h100) == pytest.approx(1e9 / 8 / outside)
     slow = Transfer("context all-to-all", 1e9)
     assert slow.seconds(Group(16, 1), h100) == pytest.approx(8 / 15 * 1e9 / outside)
     assert Transfer("pipeline send", 1e9).seconds(Group(16, 1), h100) == pytest.approx(1e9 / outside)
