@@ -54,7 +54,8 @@ def test_no_split_is_better(pattern: str, data: st.DataObject, length: int) -> N
 def test_every_recipe_and_pipeline_size_holds_each_layer_once(name: str) -> None:
     recipe = compose([f"recipe={name}"]).recipe
     layers = len(recipe.model.pattern)
-    for positions in range(1, layers + 1):
+    # All up to sixteen; beyond, the cost of a split grows with its square.
+    for positions in {*range(1, min(layers, 16) + 1), layers}:
         split = pipeline_split(recipe.model, ParallelConfig(pipeline=positions), 8192)
         assert len(split) == positions
         assert sum(split) == layers
