@@ -82,8 +82,12 @@ class Fp8Forward:
 
         Returns:
             [length, batch, outputs] in the dtype of the input.
+
+        Raises:
+            ValueError: there is a bias.
         """
-        assert others["bias"] is None
+        if others["bias"] is not None:
+            raise ValueError("the FP8 linears have no bias")
         ranks = _Ranks(tp_group, sequence_parallel, allreduce_dgrad)
         out: Tensor = _ParallelFp8Linear.apply(input, weight, self, ranks)  # type: ignore[no-untyped-call]
         return out
