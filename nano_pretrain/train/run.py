@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 
 from nano_pretrain.checkpoint.files import write_json, write_whole
-from nano_pretrain.checkpoint.manifest import newest_tokens
 from nano_pretrain.checkpoint.sharded import load_newest
 from nano_pretrain.data.curriculum import Curriculum, StagePlan
 from nano_pretrain.data.ledger import ledger
@@ -37,6 +36,7 @@ from nano_pretrain.recipe.errors import EXIT_CONTINUE, EXIT_DONE
 from nano_pretrain.recipe.load import to_yaml
 from nano_pretrain.recipe.schema import ParallelConfig, Recipe
 from nano_pretrain.recipe.split import stage_build
+from nano_pretrain.train.before import next_stage
 from nano_pretrain.train.callbacks import Checkpoints, Metrics, Quantisation, Validation
 from nano_pretrain.train.directory import full_disk_is_the_users_to_mend, only_trainer, truncate_streams
 from nano_pretrain.train.environment import check_same_kernels, environment, recorded_kernels
@@ -109,8 +109,7 @@ def _train(
         check_cuda(recipe, cuda_facts(ranks.local_rank))
     corpus = open_corpus(Path(recipe.data.path))
     curriculum = Curriculum(recipe, {name: stream.tokens for name, stream in corpus.train.items()})
-    done = newest_tokens(directory) or 0
-    stage = curriculum.stage_at(min(done, curriculum.total_tokens - 1))
+    stage = next_stage(directory, curriculum)
     layout = stage_layout(recipe, stage.config)
     # Before kernels are compiled and the model is built: a machine whose memory is full kills without a word.
     _check_room(recipe, platform, ranks, curriculum.stages[curriculum.stages.index(stage) :])
