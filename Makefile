@@ -49,6 +49,7 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.step --precision bf16
 	$(BIN)/python -m benchmarks.profile_step
 	$(BIN)/python -m benchmarks.scan
+	$(BIN)/python -m benchmarks.fp8
 
 bench-gpu: $(GPU_READY)
 	$(BIN)/python -m benchmarks.gpu

@@ -2,8 +2,8 @@
 
     python -m benchmarks.fp8 [--sizes 512 1024] [--tokens 2048] [--repeats 7] [--threads 2]
 
-Input, weight and output are BF16; the weight's gradient ends in an FP32 `main_grad`, by way of a BF16 gradient where
-autograd hands one on. A figure is the median of the repeats, which take turns; denormals are flushed, as in a run.
+Input, weight and output are BF16, and so is the weight's gradient, which is added to an FP32 buffer as in a run. A
+figure is the median of the repeats, which take turns; denormals are flushed, as in a run.
 
 A step is forward, backward and update of a hybrid with layers of each kind, whose linears are all quantised: also with
 their losses counted, as every `log.fp8_every`-th step does. Its memory is the largest of a process of its own that
@@ -17,6 +17,7 @@ import multiprocessing
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -28,19 +29,26 @@ from benchmarks.step import measure
 from nano_pretrain.kernels.native.library import implementation
 from nano_pretrain.parallel.groups import Ranks, process_groups
 from nano_pretrain.platform import Platform, current_platform
-from nano_pretrain.precision.linear import BLOCKWISE, CURRENT_SCALING, Fp8Recipe, fp8_linear
-from nano_pretrain.precision.quantize import E4M3
+from nano_pretrain.precision.linear import BLOCKWISE, CURRENT_SCALING, Fp8Recipe
+from nano_pretrain.precision.losses import QuantisationLosses
+from nano_pretrain.precision.parallel import Fp8Forward
 from nano_pretrain.recipe.schema import ModelConfig, PrecisionConfig, Recipe
 
-FP32_SCALES = Fp8Recipe(gradient_format=E4M3, per_tensor=False, power_of_two=False)
+Linear = Callable[[Tensor, Tensor], Tensor]
 
-LINEARS: dict[str, tuple[str, Callable[[Tensor, Tensor], Tensor]]] = {
+
+def fp8_linear(recipe: Fp8Recipe) -> Linear:
+    """The trainer's, on one rank."""
+    forward = Fp8Forward(recipe, 0, QuantisationLosses(["linear"]))
+    return partial(forward, bias=None, allreduce_dgrad=False, sequence_parallel=False, tp_group=None)
+
+
+LINEARS: dict[str, tuple[str, Linear]] = {
     "BF16": ("native", F.linear),
-    "blockwise, native": ("native", partial(fp8_linear, recipe=BLOCKWISE, into_main_grad=True)),
-    "blockwise, native, BF16 weight gradient": ("native", partial(fp8_linear, recipe=BLOCKWISE)),
-    "blockwise, plain": ("plain", partial(fp8_linear, recipe=BLOCKWISE, into_main_grad=True)),
-    "blockwise with FP32 scales, native": ("native", partial(fp8_linear, recipe=FP32_SCALES, into_main_grad=True)),
-    "current scaling, native": ("native", partial(fp8_linear, recipe=CURRENT_SCALING, into_main_grad=True)),
+    "blockwise, native": ("native", fp8_linear(BLOCKWISE)),
+    "blockwise, plain": ("plain", fp8_linear(BLOCKWISE)),
+    "blockwise with FP32 scales, native": ("native", fp8_linear(replace(BLOCKWISE, power_of_two=False))),
+    "current scaling, native": ("native", fp8_linear(CURRENT_SCALING)),
 }
 """Name -> kernels in use, linear."""
 
@@ -51,15 +59,13 @@ def forward_and_backward(name: str, size: int, tokens: int) -> Callable[[], None
     x = torch.randn(tokens, size, dtype=torch.bfloat16, requires_grad=True)
     weight = torch.nn.Parameter(torch.randn(size, size, dtype=torch.bfloat16) / size**0.5)
     gradient, main_grad = torch.randn(tokens, size, dtype=torch.bfloat16), torch.zeros(size, size)
-    weight.main_grad = main_grad  # type: ignore[attr-defined]
 
     def step() -> None:
         x.grad = weight.grad = None
         with implementation(kernels):
             linear(x, weight).backward(gradient)
-        if not hasattr(weight, "grad_added_to_main_grad"):
-            assert weight.grad is not None
-            main_grad.add_(weight.grad)
+        assert weight.grad is not None
+        main_grad.add_(weight.grad)
 
     return step
 

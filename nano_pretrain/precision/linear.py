@@ -1,4 +1,4 @@
-"""A linear whose three products have quantised operands.
+"""The three products of a linear, with quantised operands.
 
 Each product's operands are quantised along the axis that it contracts, from high precision: no operand is quantised
 twice. The products are those of CPU torch, which sum in FP32.
@@ -7,11 +7,9 @@ twice. The products are those of CPU torch, which sum in FP32.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from nano_pretrain.precision.quantize import E4M3, E5M2, Operand, Quantizer, Tile
 
@@ -74,26 +72,6 @@ CURRENT_SCALING = Fp8Recipe(gradient_format=E5M2, per_tensor=True, power_of_two=
 """Transformer Engine's `Float8CurrentScaling` with its hybrid formats: the recipe of Nemotron-H."""
 
 
-def fp8_linear(x: Tensor, weight: Tensor, recipe: Fp8Recipe, into_main_grad: bool = False) -> Tensor:
-    """`x weight^T` of quantised operands, as are the products of the backward pass.
-
-    Kept for it are x and the weight as they are. The weight is quantised again there: that takes half a percent of the
-    linear's time, and its quantised values would take as much memory as the weight itself.
-
-    Args:
-        x: [..., inputs] in FP32 or BF16.
-        weight: [outputs, inputs] in FP32 or BF16.
-        recipe: formats and scales.
-        into_main_grad: the weight's gradient is added in FP32 to `weight.main_grad`, and `grad_added_to_main_grad` is
-            set, by which megatron-core's gradient hooks know it; autograd gets zeros.
-
-    Returns:
-        [..., outputs] in the dtype of x.
-    """
-    out: Tensor = _Fp8Linear.apply(x, weight, recipe, into_main_grad)  # type: ignore[no-untyped-call]
-    return out
-
-
 def forward_product(x: Tensor, weight: Tensor, recipe: Fp8Recipe) -> Tensor:
     """`x weight^T`: [..., inputs] and [outputs, inputs] to [..., outputs] in the dtype of x."""
     dtype = recipe.operand_dtype(x.dtype)
@@ -110,52 +88,13 @@ def data_gradient(gradient: Tensor, weight: Tensor, recipe: Fp8Recipe) -> Tensor
 
 def weight_gradient(gradient: Tensor, x: Tensor, recipe: Fp8Recipe, dtype: torch.dtype) -> Tensor:
     """`gradient^T x`: [..., outputs] and [..., inputs] to [outputs, inputs] in `dtype`."""
-    left, right = _weight_gradient_operands(gradient, x, recipe, dtype)
-    return _product(left, right, dtype)
-
-
-def add_weight_gradient(gradient: Tensor, x: Tensor, recipe: Fp8Recipe, total: Tensor) -> None:
-    """Add `weight_gradient` to `total` [outputs, inputs] in FP32."""
-    left, right = _weight_gradient_operands(gradient, x, recipe, torch.float32)
-    total.addmm_(left.values, right.values, alpha=left.factor * right.factor)
-
-
-def _weight_gradient_operands(
-    gradient: Tensor, x: Tensor, recipe: Fp8Recipe, dtype: torch.dtype
-) -> tuple[Operand, Operand]:
     operands = recipe.operand_dtype(dtype)
     left = recipe.gradient_by_tokens.operand(gradient.flatten(0, -2), operands)
-    return left.transposed(), recipe.input_by_tokens.operand(x.flatten(0, -2), operands)
+    right = recipe.input_by_tokens.operand(x.flatten(0, -2), operands)
+    return _product(left.transposed(), right, dtype)
 
 
 def _product(left: Operand, right: Operand, dtype: torch.dtype) -> Tensor:
     # The factor is applied to the FP32 sums, before they are rounded.
     nothing = left.values.new_empty(right.values.shape[1:])
     return torch.addmm(nothing, left.values, right.values, beta=0, alpha=left.factor * right.factor).to(dtype)
-
-
-class _Fp8Linear(torch.autograd.Function):
-    """Keeps its inputs as they are."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, recipe: Fp8Recipe, into_main_grad: bool) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.recipe, ctx.into_main_grad = recipe, into_main_grad
-        return forward_product(x, weight, recipe)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Any) -> Any:
-        x, weight = ctx.saved_tensors
-        dx = data_gradient(grads[0], weight, ctx.recipe) if ctx.needs_input_grad[0] else None
-        return dx, _weight_gradient(ctx, grads[0], x, weight), None, None
-
-
-def _weight_gradient(ctx: Any, gradient: Tensor, x: Tensor, weight: Any) -> Tensor | None:
-    if not ctx.needs_input_grad[1]:
-        return None
-    if not ctx.into_main_grad:
-        return weight_gradient(gradient, x, ctx.recipe, weight.dtype)
-    add_weight_gradient(gradient, x, ctx.recipe, weight.main_grad)
-    weight.grad_added_to_main_grad = True
-    return torch.zeros_like(weight)

@@ -132,7 +132,7 @@ def test_names_that_differ_already_are_kept() -> None:
 
 
 def test_sweep_is_the_product_of_its_lists() -> None:
-    jobs = compose_sweep(["run.name=x", "run.seed=1,2", "model.pattern=choice(M-,M*-)"])
+    jobs = compose_sweep(["precision=bf16", "run.name=x", "run.seed=1,2", "model.pattern=choice(M-,M*-)"])
     assert [(job.recipe.run.seed, job.recipe.model.pattern) for job in jobs] == [
         (1, "M-"), (1, "M*-"), (2, "M-"), (2, "M*-"),
     ]  # fmt: skip
@@ -156,7 +156,7 @@ def test_very_long_names_still_differ() -> None:
 
 
 def test_commands_of_a_sweep_compose_the_same_recipes() -> None:
-    for job in compose_sweep(["optimizer.beta2=0.95,0.99", "model.pattern=M-,M*-", "run.name=x"]):
+    for job in compose_sweep(["precision=bf16", "optimizer.beta2=0.95,0.99", "model.pattern=M-,M*-", "run.name=x"]):
         command = job.command("train")
         assert command[2:4] == ["nano_pretrain", "train"]
         assert compose(command[4:]).recipe == job.recipe

@@ -107,6 +107,22 @@ def test_weights_in_fp8_get_the_initial_weights(platform: Platform) -> None:
     assert torch.equal(parameter.first, right)
 
 
+def test_weights_in_fp8_come_back_after_an_error() -> None:
+    model = nn.Linear(4, 2, bias=False)
+    parameter = held(model.weight)
+    before, model.weight = parameter.detach().clone(), parameter
+
+    def interrupted() -> None:
+        with in_high_precision(model):
+            nn.init.zeros_(model.weight)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert model.weight is parameter
+    assert torch.equal(parameter, before)
+
+
 def checkpoints(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """Arguments of Transformer Engine's checkpoint, in the place of which there is megatron-core's."""
     from megatron.core.extensions import transformer_engine

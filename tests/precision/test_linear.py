@@ -1,9 +1,8 @@
-"""The three products of an FP8 linear against a float64 emulation of the same quantised operands."""
+"""FP8 products against a float64 emulation of the same quantised operands, and the linear made of them on one rank."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -12,7 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nano_pretrain.precision import linear
-from nano_pretrain.precision.linear import BLOCKWISE, CURRENT_SCALING, Fp8Recipe, fp8_linear
+from nano_pretrain.precision.linear import BLOCKWISE, CURRENT_SCALING, Fp8Recipe
+from nano_pretrain.precision.losses import QuantisationLosses
+from nano_pretrain.precision.parallel import Fp8Forward
 from nano_pretrain.precision.quantize import E4M3, E5M2, Quantizer, Tile
 from tests.kernels.implementations import kept_by_autograd
 
@@ -44,18 +45,16 @@ def emulated(x: Tensor, tile: Tile, fmt: torch.dtype, recipe: Fp8Recipe) -> Tens
     return found.codes.double() * inverse[: x.shape[0], : x.shape[1]]
 
 
-def assert_product(found: Tensor, left: Tensor, right: Tensor, total: Tensor | None = None) -> None:
-    """That it is `total + left right` up to the roundings of FP32 and of the result's dtype.
+def assert_product(found: Tensor, left: Tensor, right: Tensor) -> None:
+    """That it is `left right` up to the roundings of FP32 and of the result's dtype.
 
     A sum of k products in FP32, in any order and with or without fused operations, errs by at most g(k) |left| |right|
     with g(n) = n u / (1 - n u), u = 2^-24 (Higham 2002, section 3.1): each product passes through at most k roundings.
     Operands whose scales are no powers of two are rounded once each, and per tensor there are the product of the
-    factors and that with the sum: two roundings more in either case. A matrix that is added is one term more.
+    factors and that with the sum: two roundings more in either case.
     A BF16 result is rounded once: half a unit in 8 bits, 2^-8.
     """
     exact, size, roundings = left @ right, left.abs() @ right.abs(), left.shape[1] + 2
-    if total is not None:
-        exact, size, roundings = exact + total.double(), size + total.abs().double(), roundings + 1
     bound = roundings * UNIT / (1 - roundings * UNIT) * size
     if found.dtype == torch.bfloat16:
         bound = bound + 2**-8 * (exact.abs() + bound)
@@ -82,10 +81,6 @@ def check_products(name: str, dtype: torch.dtype, tokens: int, inputs: int, outp
         dweight = linear.weight_gradient(gradient, x, recipe, of_result)
         assert dweight.dtype == of_result
         assert_product(dweight, *of_tokens)
-    before = matrix(outputs, inputs, 3)
-    total = before.clone()
-    linear.add_weight_gradient(gradient, x, recipe, total)
-    assert_product(total, *of_tokens, before)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -105,6 +100,12 @@ def operands(dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, torch.nn.Para
     return x.to(dtype).requires_grad_(), torch.nn.Parameter(matrix(24, 40, 2).to(dtype)), gradient.to(dtype)
 
 
+def fp8_linear(x: Tensor, weight: Tensor, recipe: Fp8Recipe = BLOCKWISE, bias: Tensor | None = None) -> Tensor:
+    """As megatron-core's linear of one rank calls it."""
+    forward = Fp8Forward(recipe, 0, QuantisationLosses(["linear"]))
+    return forward(x, weight, bias=bias, allreduce_dgrad=False, sequence_parallel=False, tp_group=None)
+
+
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 def test_autograd_gets_the_three_products(recipe: Fp8Recipe) -> None:
     x, weight, gradient = operands()
@@ -117,41 +118,39 @@ def test_autograd_gets_the_three_products(recipe: Fp8Recipe) -> None:
     assert torch.equal(weight.grad, linear.weight_gradient(gradient, x.detach(), recipe, torch.bfloat16))
 
 
-def test_the_weight_gradient_is_added_in_fp32_where_the_caller_wants_it() -> None:
+def test_an_input_without_a_gradient() -> None:
     x, weight, gradient = operands()
-    marked: Any = weight
-    marked.main_grad = torch.ones(weight.shape)
-    fp8_linear(x, weight, BLOCKWISE, into_main_grad=True).backward(gradient)
-    expected = torch.ones(weight.shape)
-    linear.add_weight_gradient(gradient, x.detach(), BLOCKWISE, expected)
-    assert torch.equal(marked.main_grad, expected)
-    # What megatron-core's gradient hooks look at: the gradient is there already, and theirs is not added to it.
-    assert marked.grad_added_to_main_grad
-    assert weight.grad is not None
-    assert not weight.grad.any()
-
-
-def test_only_the_gradients_asked_for_are_computed() -> None:
-    x, weight, gradient = operands()
-    fp8_linear(x.detach(), weight, BLOCKWISE).backward(gradient)
+    fp8_linear(x.detach(), weight).backward(gradient)
     assert x.grad is None
-    weight.requires_grad_(False).grad = None
-    fp8_linear(x, weight, BLOCKWISE).backward(gradient)
+    assert weight.grad is not None
+    assert torch.equal(weight.grad, linear.weight_gradient(gradient, x.detach(), BLOCKWISE, torch.bfloat16))
+
+
+def test_a_frozen_weight() -> None:
+    x, weight, gradient = operands()
+    fp8_linear(x, weight.requires_grad_(False)).backward(gradient)
     assert weight.grad is None
     assert x.grad is not None
+    assert torch.equal(x.grad, linear.data_gradient(gradient, weight, BLOCKWISE))
 
 
 def test_only_the_inputs_are_kept() -> None:
     x, weight, _ = operands()
-    kept = kept_by_autograd(lambda: fp8_linear(x, weight, BLOCKWISE))
+    kept = kept_by_autograd(lambda: fp8_linear(x, weight))
     assert kept == {x.untyped_storage().data_ptr(), weight.untyped_storage().data_ptr()}
 
 
 def test_one_gradient_for_all_outputs() -> None:
     x, weight, _ = operands(torch.float32)
-    fp8_linear(x, weight, BLOCKWISE).sum().backward()
+    fp8_linear(x, weight).sum().backward()
     assert x.grad is not None
     assert torch.equal(x.grad, linear.data_gradient(torch.ones(70, 3, 24), weight.detach(), BLOCKWISE))
+
+
+def test_a_bias_is_refused() -> None:
+    x, weight, _ = operands()
+    with pytest.raises(ValueError, match="no bias"):
+        fp8_linear(x, weight, bias=torch.zeros(24))
 
 
 def test_formats_are_transformer_engines() -> None:

@@ -54,7 +54,7 @@ def test_exactly_the_values_pass_that_the_refusal_names(name: str, field: str, w
     ],
 )
 def test_a_sequence_is_divided_by_sequence_and_context_parallelism_only(overrides: str, multiple: int) -> None:
-    recipe = compose(["recipe=tiny", "cluster.gpus=4", *overrides.split()]).recipe
+    recipe = compose(["recipe=tiny", "precision=bf16", "cluster.gpus=4", *overrides.split()]).recipe
     for length in range(512, 521):
         recipe.stages["pretrain"].sequence_length = length
         if length % multiple:

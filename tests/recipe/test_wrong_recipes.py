@@ -79,8 +79,9 @@ SHAPES = [
     ("recipe=nano_12b_v2 model.num_query_groups=4", "parallel.tensor",
      r"8 does not divide model\.num_query_groups = 4", "write 2 or 4$"),
     ("recipe=nano_12b_v2 model.mamba_num_groups=4", "parallel.tensor", r"8 does .*\.mamba_num_groups = 4", "2 or 4$"),
-    ("recipe=tiny parallel.tensor=2048 model.pattern=M- model.mamba_num_groups=2048 model.mamba_num_heads=2048 "
-     "model.ffn_hidden_size=2048", "parallel.tensor", "2048 does not divide the padding of the vocabulary = 1024",
+    ("recipe=tiny precision=bf16 parallel.tensor=2048 model.pattern=M- model.mamba_num_groups=2048 "
+     "model.mamba_num_heads=2048 model.ffn_hidden_size=2048", "parallel.tensor",
+     "2048 does not divide the padding of the vocabulary = 1024",
      "write 1, 2, .*, 512 or 1024$"),
     (f"recipe=nano_12b_v2 {LONG}.parallel.context=3", f"{LONG}.parallel.context",
      r"tensor x context = 24 does not divide model\.mamba_num_heads = 128", "write 1, 2, 4, 8 or 16$"),
@@ -112,7 +113,8 @@ PRECISION = [
     ("recipe=tiny precision=fp8_current_scaling model.head_dim=7", "model.head_dim", "56", "another model.head_dim"),
     (f"recipe=tiny precision=fp8_blockwise {PRETRAIN}.sequence_length=513", f"{PRETRAIN}.sequence_length",
      "8 x 513 leave 4104 tokens", "multiple of 16"),
-    ("recipe=tiny precision.bf16_first_linears=4", "precision.bf16_first_linears", "precision is bf16", "linears=0"),
+    ("recipe=tiny precision=bf16 precision.bf16_first_linears=4", "precision.bf16_first_linears", "precision is bf16",
+     "linears=0"),
     ("recipe=nano_12b_v2 precision.bf16_first_linears=3", "precision.bf16_first_linears", "inside a layer", "2 or 4"),
     ("recipe=nano_12b_v2 precision.bf16_last_linears=126", "precision.bf16_last_linears", "than the 124", "most 124"),
     ("recipe=nano_12b_v2 precision.bf16_last_linears=122", "precision.bf16_last_linears", "first 4", "at most 120"),
