@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -155,6 +155,15 @@ if rank == 0 and os.fork() == 0:
     assert signal.getsignal(getattr(signal, name)) == handler
 
 
+@pytest.fixture
+def terminal_may_be_lost() -> Iterator[None]:
+    """The default of SIGHUP, also where the tests run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("terminal_may_be_lost")
 def test_lost_terminal_is_a_request_to_stop(launch: Launch, tmp_path: Path) -> None:
     helper = (
         "if rank == 1 and os.fork() == 0:\n    wait_for('ready-1')\n    os.kill(launcher, signal.SIGHUP); os._exit(0)"

@@ -42,3 +42,48 @@ def test_step_at_inverts_the_borders(clock: TokenClock, data: st.DataObject) -> 
 def test_what_is_no_border_of_the_stage_is_refused(consumed: int) -> None:
     with pytest.raises(ValueError, match="no step border"):
         TokenClock(start_tokens=100, tokens=25, tokens_per_step=10).step_at(consumed)
+
+
+def sizes_one_by_one(clock: TokenClock) -> list[tuple[int, int]]:
+    """Consumed tokens before each step, and the step's size, by walking."""
+    steps, within = [], 0
+    while within < clock.tokens:
+        size = [clock.tokens_per_step, *(size for at, size in clock.changes if at <= within)][-1]
+        steps.append((clock.start_tokens + within, size))
+        within += size
+    return [*steps, (clock.start_tokens + within, 0)]
+
+
+CHANGES = st.lists(st.tuples(st.integers(0, 300), st.integers(1, 40)), max_size=5).map(lambda them: tuple(sorted(them)))
+CHANGING = st.builds(TokenClock, st.integers(0, 50), st.integers(1, 300), st.integers(1, 40), CHANGES)
+
+
+@given(CHANGING)
+@settings(deadline=None)
+def test_steps_change_their_size_at_the_first_border_from_there(clock: TokenClock) -> None:
+    *steps, (end, _) = sizes_one_by_one(clock)
+    assert (clock.steps, clock.end_tokens) == (len(steps), end)
+    for number, (consumed, size) in enumerate(steps):
+        assert (clock.step_at(consumed), clock.step_tokens(consumed)) == (number, size)
+    with pytest.raises(ValueError, match="end of the stage"):
+        clock.step_tokens(end)
+
+
+@given(CHANGING, st.fractions(0, 300))
+@settings(deadline=None)
+def test_borders_from_a_boundary_with_changes(clock: TokenClock, boundary: Fraction) -> None:
+    borders = [consumed for consumed, _ in sizes_one_by_one(clock)]
+    if boundary <= clock.tokens:
+        found = clock.border_from(boundary)
+        assert found == next(border for border in borders if border - clock.start_tokens >= boundary)
+        assert borders[clock.first_step_from(boundary)] == found
+
+
+@given(CHANGING)
+@settings(deadline=None)
+def test_between_the_borders_is_none(clock: TokenClock) -> None:
+    borders = {consumed for consumed, _ in sizes_one_by_one(clock)}
+    for consumed in range(clock.end_tokens + 2):
+        if consumed not in borders:
+            with pytest.raises(ValueError, match="no step border"):
+                clock.step_at(consumed)
