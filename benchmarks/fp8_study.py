@@ -180,9 +180,11 @@ class Compared:
 
     @property
     def difference(self) -> str:
-        """Mean and standard error in words."""
-        error = stdev(self.differences) / math.sqrt(len(self.differences)) if len(self.differences) > 1 else math.nan
-        return f"{fmean(self.differences):+.3f} ± {error:.3f}"
+        """Mean, and its standard error where there are several, in words."""
+        mean = f"{fmean(self.differences):+.3f}"
+        if len(self.differences) == 1:
+            return mean
+        return f"{mean} ± {stdev(self.differences) / math.sqrt(len(self.differences)):.3f}"
 
 
 def compared(values: Sequence[float], reference: Sequence[float]) -> Compared:
@@ -209,7 +211,8 @@ def results(study: Study, seeds: Sequence[int]) -> dict[str, dict[str, Compared]
 def table(found: dict[str, dict[str, Compared]], seeds: Sequence[int]) -> str:
     """The results in Markdown."""
     lines = [
-        f"Means of {len(seeds)} seeds; differences from {REFERENCE} of the same seed in percent, with standard errors.",
+        f"Means over {counted(len(seeds), 'seed')}; differences from {REFERENCE} of the same seed in percent,",
+        "with standard errors.",
         "",
         "| | held-out loss | difference | each seed | training loss, last tenth | difference |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -222,6 +225,11 @@ def table(found: dict[str, dict[str, Compared]], seeds: Sequence[int]) -> str:
             seen = [heldout.difference, each, training.difference]
         lines.append(f"| {arm} | {heldout.loss:.4f} | {seen[0]} | {seen[1]} | {training.loss:.4f} | {seen[2]} |")
     return "\n".join(lines) + "\n"
+
+
+def counted(number: int, what: str) -> str:
+    """1 seed, 2 seeds."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def draw(study: Study, seeds: Sequence[int], path: Path, window: int = 64) -> None:
@@ -248,9 +256,8 @@ def draw(study: Study, seeds: Sequence[int], path: Path, window: int = 64) -> No
     token_axis([losses, differences], 0, study.tokens)
     losses.set_ylabel(f"training loss of {REFERENCE}, nats a token")
     differences.set_ylabel(f"difference from {REFERENCE}, percent")
-    losses.set_title(
-        f"Means of {len(seeds)} seeds and {window} steps; bands are standard errors", loc="left", fontsize=10
-    )
+    title = f"Means over {counted(len(seeds), 'seed')} and {window} steps; bands are standard errors"
+    losses.set_title(title, loc="left", fontsize=10)
     label_ends(differences, labels)
     figure.savefig(path)
 

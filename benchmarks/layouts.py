@@ -1,4 +1,4 @@
-"""Tokens per second of `tiny` in BF16 in layouts of one, two and four CPU ranks, and the share that communicates.
+"""Tokens per second of `tiny` in layouts of one, two and four CPU ranks, and the share that communicates.
 
     python -m benchmarks.layouts [--steps 12]
 
@@ -32,7 +32,6 @@ LAYOUTS = {
     "PP2 x CP2": (4, ["parallel.pipeline=2", "parallel.context=2"]),
 }
 QUIET = [
-    "precision=bf16",  # FP8 takes rows in multiples of 16, which two tensor-parallel ranks of `tiny` do not have
     "stages.pretrain.schedule.warmup_tokens=8192", "stages.pretrain.schedule.decay_tokens=8192",
     "stages.pretrain.micro_batch_size=4", "validation.every=0", "validation.tokens_per_source=512",
     "validation.baselines=false", "validation.prompts=[]", "checkpoint.every=0", "log.wandb=disabled",

@@ -48,6 +48,6 @@ def transformer_config(recipe: Recipe, layout: ParallelConfig, platform: Platfor
         context_parallel_size=layout.context,
         sequence_parallel=layout.sequence,
         calculate_per_token_loss=True,
-        **engine_fields(model.pattern, recipe.precision, layout, platform.name),
+        **engine_fields(recipe.precision, platform.name),
         **platform.prepare_model(recipe, layout),
     )

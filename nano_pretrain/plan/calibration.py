@@ -14,7 +14,7 @@ from nano_pretrain.plan.device import Device
 from nano_pretrain.plan.step_time import step_time
 from nano_pretrain.recipe.errors import RecipeError
 from nano_pretrain.recipe.load import recorded_recipe
-from nano_pretrain.recipe.rules import check_layout
+from nano_pretrain.recipe.rules_ranks import check_layout
 from nano_pretrain.recipe.schema import Recipe
 
 

@@ -9,6 +9,7 @@ from nano_pretrain.recipe.derived import stage_layout
 from nano_pretrain.recipe.errors import RecipeError
 from nano_pretrain.recipe.pattern import count_layers
 from nano_pretrain.recipe.rules_layout import layout_field
+from nano_pretrain.recipe.rules_precision import LINEARS_PER_LAYER
 from nano_pretrain.recipe.schema import Recipe
 
 CHUNK = 128
@@ -61,7 +62,8 @@ def check_cuda(recipe: Recipe, facts: CudaFacts) -> None:
 
     Raises:
         RecipeError: the precision needs another GPU or CUDA, a stage is too long for the scan, the convolution or the
-            attention has no kernel, or CUDA graphs do not go with the environment.
+            attention has no kernel, more layers stay BF16 than megatron-core takes, or CUDA graphs do not go with the
+            environment.
     """
     check_fp8_support(recipe.precision.name, facts)
     for name in recipe.stages:
@@ -70,11 +72,13 @@ def check_cuda(recipe: Recipe, facts: CudaFacts) -> None:
 
 
 def check_kernels(recipe: Recipe, stage_name: str) -> None:
-    """Refuse a stage for which GPUs have no kernels, whichever they are.
+    """Refuse a stage that GPUs do not train, whichever they are.
 
     Raises:
-        RecipeError: it is too long for the scan, or the convolution or the attention has no kernel.
+        RecipeError: it is too long for the scan, the convolution or the attention has no kernel, or more layers stay
+            BF16 than megatron-core takes.
     """
+    check_bf16_layers(recipe, stage_name)
     check_scan(recipe, stage_name)
     check_convolution(recipe, stage_name)
     check_attention(recipe, stage_name)
@@ -101,6 +105,32 @@ def check_fp8_support(precision: str, facts: CudaFacts) -> None:
     if precision == "fp8_blockwise" and facts.capability >= BLACKWELL and facts.fp32_scales:
         problem = f"{precision} needs scales that are powers of two on compute capability {_dotted(facts.capability)}"
         raise RecipeError("precision.name", problem, f"unset {FP32_SCALES}, or write precision=bf16")
+
+
+def check_bf16_layers(recipe: Recipe, stage_name: str) -> None:
+    """Refuse more BF16 layers at an end of an FP8 model than megatron-core takes, wherever the pipeline is cut.
+
+    Its TransformerConfig (0.16) compares them with num_layers // pipeline_model_parallel_size.
+
+    Raises:
+        RecipeError: there are.
+    """
+    precision, stage = recipe.precision, recipe.stages[stage_name]
+    if precision.name not in NEEDS:
+        return
+    pipeline, layers = stage_layout(recipe, stage).pipeline, len(recipe.model.pattern)
+    ends = {name: getattr(precision, name) for name in ("bf16_first_linears", "bf16_last_linears")}
+    most = LINEARS_PER_LAYER * (layers // pipeline)
+    over = [name for name, linears in ends.items() if linears > most]
+    if over:
+        problem = (
+            f"{ends[over[0]]} linears are {ends[over[0]] // LINEARS_PER_LAYER} layers, and on GPUs megatron-core takes "
+            f"{layers} layers // {pipeline} pipeline stages = {layers // pipeline} at an end"
+        )
+        fewer = LINEARS_PER_LAYER * layers // max(ends.values())
+        lower = " ".join(f"precision.{name}={most}" for name in over)
+        fix = f"write {lower}, or {layout_field(stage_name, stage)}.pipeline={fewer} or less"
+        raise RecipeError(f"precision.{over[0]}", problem, fix)
 
 
 def check_scan(recipe: Recipe, stage_name: str) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, fields
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -58,3 +60,39 @@ class QuantisationLosses:
         }
         self._sums.zero_()
         return found
+
+
+Losses = Mapping[str, Mapping[str, Statistics]]
+"""Linear -> operand -> what was lost."""
+
+
+def described(losses: Losses) -> dict[str, Any]:
+    """As a line of fp8.jsonl: the largest relative error of each operand, and every linear.
+
+    None stands for what is not finite, which JSON does not know.
+    """
+    linears = {linear: {name: _measures(found) for name, found in of.items()} for linear, of in losses.items()}
+    return {"worst": {operand: _worst(losses, operand) for operand in OPERANDS}, "linears": linears}
+
+
+def not_finite(losses: Losses) -> list[str]:
+    """Operands with values beyond the format's maximum: infinities, since scales are made of the largest magnitude.
+
+    FP8 has none, so the products that they go into are finite and nothing else shows them.
+    """
+    return [f"{operand} of {linear}" for linear, of in losses.items() for operand in of if of[operand].saturated]
+
+
+def _measures(found: Statistics) -> dict[str, float | None]:
+    error = found.relative_error
+    shares = {"flushed": found.flushed_share, "saturated": found.saturated_share}
+    return {**shares, "relative_error": error if math.isfinite(error) else None}
+
+
+def _worst(losses: Losses, operand: str) -> dict[str, Any] | None:
+    found = [(of[operand].relative_error, linear) for linear, of in losses.items()]
+    finite = [(error, linear) for error, linear in found if math.isfinite(error)]
+    if not finite:
+        return None
+    error, linear = max(finite, key=lambda each: each[0])
+    return {"linear": linear, "relative_error": error}

@@ -7,9 +7,9 @@ from typing import Any
 
 from nano_pretrain.platform.base import PlatformName
 from nano_pretrain.precision.linear import BLOCKWISE, CURRENT_SCALING
-from nano_pretrain.recipe.errors import RecipeError
 from nano_pretrain.recipe.pattern import LayerType, parse_pattern
-from nano_pretrain.recipe.schema import ParallelConfig, PrecisionConfig
+from nano_pretrain.recipe.rules_precision import LINEARS_PER_LAYER
+from nano_pretrain.recipe.schema import PrecisionConfig
 
 FP8_RECIPES = {"fp8_blockwise": BLOCKWISE, "fp8_current_scaling": CURRENT_SCALING}
 """By `precision.name`."""
@@ -52,24 +52,18 @@ def fp8_linears(pattern: str, precision: PrecisionConfig) -> list[Linear]:
     return linears[precision.bf16_first_linears : len(linears) - precision.bf16_last_linears]
 
 
-def engine_fields(
-    pattern: str, precision: PrecisionConfig, layout: ParallelConfig, platform: PlatformName
-) -> dict[str, Any]:
+def engine_fields(precision: PrecisionConfig, platform: PlatformName) -> dict[str, Any]:
     """Fields of megatron-core's TransformerConfig by which Transformer Engine quantises the same linears.
 
     It enters its FP8 context by layer; the rules of the recipe see to it that a layer is quantised as a whole. Weights
     are FP8 tensors there, and gathered as such. None for a CPU, whose linears are not Transformer Engine's.
-
-    Raises:
-        RecipeError: more layers stay BF16 at an end than megatron-core 0.16 takes.
     """
     if platform == "cpu" or precision.name not in ENGINE_RECIPES:
         return {}
-    ends = {}
-    for end, name in (("start", "bf16_first_linears"), ("end", "bf16_last_linears")):
-        layers, most = getattr(precision, name) // 2, len(pattern) // layout.pipeline
-        if layers > most:
-            problem = f"{2 * layers} linears are more than a pipeline stage has, which megatron-core does not take"
-            raise RecipeError(f"precision.{name}", problem, f"write at most {2 * most}, or fewer pipeline stages")
-        ends[f"num_layers_at_{end}_in_bf16"] = layers
-    return {**ENGINE_RECIPES[precision.name], "fp8_param": True, "first_last_layers_bf16": True, **ends}
+    return {
+        **ENGINE_RECIPES[precision.name],
+        "fp8_param": True,
+        "first_last_layers_bf16": True,
+        "num_layers_at_start_in_bf16": precision.bf16_first_linears // LINEARS_PER_LAYER,
+        "num_layers_at_end_in_bf16": precision.bf16_last_linears // LINEARS_PER_LAYER,
+    }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -103,28 +103,46 @@ def check_same_run(recipe: Recipe, run_dir: Path) -> None:
     Raises:
         UserError: a field that is not free on resume differs from the recorded recipe.
     """
-    if not (run_dir / "recipe.yaml").exists():
-        return
-    for field, new, old in _differences(recipe, recorded_recipe(run_dir), ""):
-        # Stages and phases cannot be written on the command line.
-        way_back = "" if isinstance(old, list) else f", or write {field}={as_written(old)} to continue that run"
-        raise UserError(
-            f"{field}: {as_written(new)} differs from {as_written(old)} of the run in {run_dir}; "
-            f"choose another run.name{way_back}"
-        )
+    if (run_dir / "recipe.yaml").exists():
+        for field, new, old, _ in differences(recipe, recorded_recipe(run_dir)):
+            refuse_difference(field, new, old, run_dir)
 
 
-def _differences(new: Any, old: Any, prefix: str) -> Iterator[tuple[str, Any, Any]]:
-    """Fields that are not free and differ, depth first, in the schema's order; a list is one of names."""
+def differences(new: Any, old: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any, Resume]]:
+    """Fields that are not free and differ, depth first, in the schema's order.
+
+    Args:
+        new: a recipe, or a part of one.
+        old: another.
+        prefix: of the part's fields.
+
+    Yields:
+        Dotted name, new and old value, resume class; for other stages or phases the lists of their names.
+    """
     for item in fields(new):
         name, value, before = prefix + item.name, getattr(new, item.name), getattr(old, item.name)
         if is_dataclass(value) and is_dataclass(before):
-            yield from _differences(value, before, f"{name}.")
+            yield from differences(value, before, f"{name}.")
         elif isinstance(value, dict) and all(is_dataclass(part) for part in [*value.values(), *before.values()]):
             if list(value) != list(before):
-                yield name, list(value), list(before)
+                yield name, list(value), list(before), Resume.FIXED
             else:
                 for key in value:
-                    yield from _differences(value[key], before[key], f"{name}.{key}.")
+                    yield from differences(value[key], before[key], f"{name}.{key}.")
         elif item.metadata["resume"] != Resume.FREE and value != before:
-            yield name, value, before
+            yield name, value, before, item.metadata["resume"]
+
+
+def refuse_difference(field: str, new: Any, old: Any, run_dir: Path) -> NoReturn:
+    """Refuse to go on with a run that would learn something else.
+
+    Raises:
+        UserError: always.
+    """
+    # Stages and phases cannot be written on the command line; a precision by itself leaves its linears behind.
+    written = "precision" if field == "precision.name" else field
+    way_back = "" if isinstance(old, list) else f", or write {written}={as_written(old)} to continue that run"
+    raise UserError(
+        f"{field}: {as_written(new)} differs from {as_written(old)} of the run in {run_dir}; "
+        f"choose another run.name{way_back}"
+    )

@@ -8,14 +8,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from nano_pretrain.recipe.derived import stage_layout, stage_ranks
+from nano_pretrain.recipe.derived import stage_layout
 from nano_pretrain.recipe.errors import RecipeError
 from nano_pretrain.recipe.pattern import count_layers
+from nano_pretrain.recipe.rules_evaluate import evaluation
+from nano_pretrain.recipe.rules_fp8 import fp8_multiples
 from nano_pretrain.recipe.rules_gpu import cuda_graphs, tensor_overlap
-from nano_pretrain.recipe.rules_layout import check_split, divisors, layout_field, ranks_field, sequence_shards
-from nano_pretrain.recipe.rules_precision import bf16_linears, fp8_multiples
+from nano_pretrain.recipe.rules_precision import bf16_linears
+from nano_pretrain.recipe.rules_ranks import check_layout, divides
 from nano_pretrain.recipe.rules_stages import whole_steps
-from nano_pretrain.recipe.schema import ParallelConfig, Recipe, StageConfig
+from nano_pretrain.recipe.schema import Recipe
 
 POSITIVE = frozenset({
     "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "head_dim", "mamba_num_heads",
@@ -24,7 +26,7 @@ POSITIVE = frozenset({
     "global_batch_size", "gpus", "train_bytes", "max_bytes_per_source", "max_epochs", "quota_window",
     "tokens_per_source", "keep", "timeout_seconds", "threads_per_rank", "peak_tflops", "max_new_tokens",
     "grace_seconds", "share", "storage_gigabytes_per_second", "checkpoint",
-    "bucket_size",
+    "bucket_size", "concurrency", "examples",
 })  # fmt: skip
 """Last names of the fields that must be above 0."""
 
@@ -40,9 +42,11 @@ LARGEST = {
     "checkpoint": 10**18,
     "bucket_size": 10**12,
     "max_new_tokens": 10**6,
+    "examples": 10**6,
     "timeout_seconds": 10**7,
     "grace_seconds": 10**7,
     "threads_per_rank": 4096,
+    "concurrency": 4096,
     **dict.fromkeys(("hidden_size", "ffn_hidden_size", "vocab_size", "mamba_state_dim", "mamba_conv_width"), 10**8),
     **dict.fromkeys(("num_attention_heads", "num_query_groups", "head_dim"), 10**6),
     **dict.fromkeys(("mamba_num_heads", "mamba_head_dim", "mamba_num_groups"), 10**6),
@@ -64,6 +68,7 @@ CHOICES = {
     "recompute.granularity": ("none", "selective", "full"),
     "data.document_boundaries": ("ignore", "reset"),
     "data.tokenizer.kind": ("bpe", "tekken"),
+    "data.long_qa.writer": ("extractive", "openai"),
     "log.wandb": ("offline", "online", "disabled"),
     "launch.kind": ("local",),
     "plan.format": ("text", "json"),
@@ -126,25 +131,16 @@ def _check_choice(name: str, value: Any) -> None:
         raise RecipeError(name, f"{value!r} is unknown", f"choose one of {', '.join(choices)}")
 
 
-def _divides(field: str, value: int, divisor: int, by: str, owner: str = "") -> None:
-    """Refuse a value that `by` does not divide, which is the field `owner` or follows from it."""
-    if value % divisor:
-        lower, upper = value - value % divisor, value - value % divisor + divisor
-        near = f"{lower} or {upper}" if lower else f"{upper}"
-        fix = f"write {near}, or change {owner or by}"
-        raise RecipeError(field, f"{value} is not divisible by {by} = {divisor}", fix)
-
-
 def model_shapes(recipe: Recipe) -> None:
     """The pattern's letters, heads against groups, a vocabulary that holds the special tokens."""
     model = recipe.model
     counts = count_layers(model.pattern)
     if counts.attention:
-        _divides(
+        divides(
             "model.num_attention_heads", model.num_attention_heads, model.num_query_groups, "model.num_query_groups"
         )
     if counts.mamba:
-        _divides("model.mamba_num_heads", model.mamba_num_heads, model.mamba_num_groups, "model.mamba_num_groups")
+        divides("model.mamba_num_heads", model.mamba_num_heads, model.mamba_num_groups, "model.mamba_num_groups")
     if model.vocab_size < 512:
         raise RecipeError(
             "model.vocab_size",
@@ -187,67 +183,6 @@ def layouts(recipe: Recipe) -> None:
         return
     for name in recipe.stages:
         check_layout(recipe, name)
-
-
-def check_layout(recipe: Recipe, stage_name: str) -> None:
-    """The layout of a stage divides the model, the ranks and the batch.
-
-    Raises:
-        RecipeError: the first that it does not.
-    """
-    check_split(recipe, stage_name)
-    stage = recipe.stages[stage_name]
-    prefix, source = layout_field(stage_name, stage), ranks_field(stage_name, stage)
-    layout, ranks = stage_layout(recipe, stage), stage_ranks(recipe, stage)
-    check_ranks(f"stages.{stage_name}", prefix, stage, layout, ranks, source)
-
-
-def check_ranks(field: str, prefix: str, stage: StageConfig, layout: ParallelConfig, ranks: int, source: str) -> int:
-    """Data-parallel size of a stage on `ranks` ranks.
-
-    Args:
-        field: dotted name of the stage.
-        prefix: dotted name of the layout.
-        stage: the stage.
-        layout: its layout.
-        ranks: number of ranks.
-        source: the field that says how many ranks there are, or "started".
-
-    Raises:
-        RecipeError: the layout does not divide the ranks, or the ranks do not divide the batch.
-    """
-    model_ranks = layout.tensor * layout.pipeline * layout.context
-    near = _near_ranks(stage, model_ranks, ranks)
-    counts = " or ".join(map(str, near)) or f"a multiple of {model_ranks}"
-    start = f"start {counts} ranks" if source == "started" else f"write {source}={counts}"
-    if ranks % model_ranks:
-        raise RecipeError(
-            prefix,
-            f"tensor x pipeline x context = {model_ranks} does not divide the {ranks} ranks ({source})",
-            f"{start} or shrink the layout",
-        )
-    data_parallel = ranks // model_ranks
-    together = data_parallel * stage.micro_batch_size
-    if stage.global_batch_size % together:
-        fix = f"write {field}.global_batch_size as a multiple of {together}, or change {field}.micro_batch_size"
-        raise RecipeError(
-            f"{field}.global_batch_size",
-            f"{stage.global_batch_size} is not divisible by {data_parallel} data-parallel ranks ({ranks} ranks, "
-            f"{model_ranks} to a model) x micro_batch_size {stage.micro_batch_size}",
-            f"{start}, or {fix}" if near else fix,
-        )
-    shards, length = sequence_shards(layout), f"{field}.sequence_length"
-    _divides(length, stage.sequence_length, math.prod(shards.values()), " x ".join(shards), prefix)
-    return data_parallel
-
-
-def _near_ranks(stage: StageConfig, model_ranks: int, ranks: int) -> list[int]:
-    """The two numbers of ranks nearest to `ranks` on which the layout divides the batch, as far as there are."""
-    samples, rest = divmod(stage.global_batch_size, stage.micro_batch_size)
-    if rest:
-        return []
-    working = {model_ranks * divisor for divisor in divisors(samples)} - {ranks}
-    return sorted(sorted(working, key=lambda count: (abs(count - ranks), count))[:2])
 
 
 def distributed_optimizer(recipe: Recipe) -> None:
@@ -311,6 +246,7 @@ RULES: tuple[Callable[[Recipe], None], ...] = (
     cuda_graphs,
     profiled_steps,
     validation_reads_samples,
+    evaluation,
     whole_steps,
     names,
 )

@@ -32,7 +32,8 @@ def tensor_overlap(recipe: Recipe) -> None:
     """User buffers are for activations that are shared along the sequence, of one shape, and are summed as BF16.
 
     Transformer Engine 2.9 to 2.11 overlaps nothing without sequence parallelism (module/layernorm_linear.py), and its
-    reduce-scatter adds 16-bit numbers (common/comm_gemm_overlap/userbuffers/userbuffers.cu).
+    reduce-scatter adds 16-bit numbers (common/comm_gemm_overlap/userbuffers/userbuffers.cu). What it gathers in FP8 has
+    one scale a tensor, or is MXFP8 (`fill_userbuffers_buffer_for_all_gather` in module/base.py).
     """
     for name, stage, field in _stages_with(recipe, "tensor_overlap"):
         layout, prefix = stage_layout(recipe, stage), layout_field(name, stage)
@@ -41,6 +42,9 @@ def tensor_overlap(recipe: Recipe) -> None:
             raise RecipeError(field, "needs sequence parallelism", fix)
         if recipe.precision.name == "fp32":
             raise RecipeError(field, "sums in BF16, and precision.name is fp32", f"write {field}=false")
+        if recipe.precision.name == "fp8_blockwise":
+            fix = f"write {field}=false, precision=fp8_current_scaling or precision=bf16"
+            raise RecipeError(field, "gathers no blocks of FP8, and precision.name is fp8_blockwise", fix)
         _one_shape(recipe, name, field)
 
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 from nano_pretrain.recipe.derived import VOCAB_MULTIPLE, stage_layout
 from nano_pretrain.recipe.errors import RecipeError
 from nano_pretrain.recipe.pattern import count_layers
-from nano_pretrain.recipe.rules_precision import fp8_multiples
+from nano_pretrain.recipe.rules_precision import fp8_misfits
 from nano_pretrain.recipe.schema import ModelConfig, ParallelConfig, Recipe, StageConfig
 
 
@@ -88,8 +88,10 @@ def _check_sequence(recipe: Recipe, stage_name: str) -> None:
     stage = recipe.stages[stage_name]
     layout, prefix = stage_layout(recipe, stage), layout_field(stage_name, stage)
     if layout.sequence and layout.tensor == 1:
-        smallest = _tensor_sizes(recipe.model, layout)[0]
-        more = f" or {prefix}.tensor={smallest}" if smallest > 1 else ""
+        sizes = [size for size in _tensor_sizes(recipe.model, layout) if size > 1]
+        taken = (size for size in sizes if _all_take(recipe, stage_name, replace(layout, tensor=size)))
+        smallest = next(taken, None)
+        more = f" or {prefix}.tensor={smallest}" if smallest else ""
         problem = "sequence parallelism needs tensor parallelism"
         raise RecipeError(f"{prefix}.sequence", problem, f"write {prefix}.sequence=false{more}")
 
@@ -146,14 +148,14 @@ def _taken(recipe: Recipe, stage_name: str, layouts: dict[int, ParallelConfig]) 
     return layouts
 
 
+def _all_take(recipe: Recipe, stage_name: str, layout: ParallelConfig) -> bool:
+    return all(takes(recipe, stage_name, layout) for takes in (_sequence_takes, _fp8_takes))
+
+
 def _sequence_takes(recipe: Recipe, stage_name: str, layout: ParallelConfig) -> bool:
     return recipe.stages[stage_name].sequence_length % math.prod(sequence_shards(layout).values()) == 0
 
 
 def _fp8_takes(recipe: Recipe, stage_name: str, layout: ParallelConfig) -> bool:
     stage = replace(recipe.stages[stage_name], parallel=layout)
-    try:
-        fp8_multiples(replace(recipe, stages={stage_name: stage}))
-    except RecipeError:
-        return False
-    return True
+    return not any(fp8_misfits(replace(recipe, stages={stage_name: stage}), stage_name))

@@ -1,52 +1,92 @@
-"""Rules of the FP8 recipes: which linears are quantised, and what Transformer Engine's FP8 products can take."""
+"""What FP8 asks of a recipe: BF16 linears in whole layers, and dimensions that Transformer Engine's products take."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 from nano_pretrain.recipe.derived import mamba_shape, stage_layout
 from nano_pretrain.recipe.errors import RecipeError
 from nano_pretrain.recipe.pattern import LayerType, parse_pattern
-from nano_pretrain.recipe.schema import ModelConfig, ParallelConfig, Recipe, StageConfig
+from nano_pretrain.recipe.schema import ModelConfig, ParallelConfig, PrecisionConfig, Recipe, StageConfig
 
 MULTIPLE = 16
 """FP8 matrix products want their dimensions on a rank in multiples of this: 16 bytes are cuBLASLt's alignment."""
+
+TILE = 128
+"""Under sequence parallelism Transformer Engine gathers inputs that are quantised before, where tiles are whole only:
+`is_quantizable` of its Float8BlockQuantizer, which `assert_dim_for_all_gather` asks (2.9, 2.10 and 2.11)."""
 
 LINEARS_PER_LAYER = 2
 
 
 def bf16_linears(recipe: Recipe) -> None:
-    """Linears are kept in BF16 only where others are FP8, no more than there are, and by whole layers."""
+    """Linears are kept in BF16 only where others are FP8, by whole layers, and no more than there are."""
     precision, linears = recipe.precision, LINEARS_PER_LAYER * len(recipe.model.pattern)
-    for name in ("bf16_first_linears", "bf16_last_linears"):
-        count, field = getattr(precision, name), f"precision.{name}"
+    ends = {"first": precision.bf16_first_linears, "last": precision.bf16_last_linears}
+    for end, other in (("first", "last"), ("last", "first")):
+        count, field = ends[end], f"precision.bf16_{end}_linears"
         if count and not precision.name.startswith("fp8"):
-            fix = f"write {field}=0, or precision=fp8_blockwise"
-            raise RecipeError(field, f"{count} linears are kept out of FP8, and precision is {precision.name}", fix)
-        if count > linears:
-            fix = f"write at most {linears}, or precision=bf16"
-            raise RecipeError(field, f"{count} is more than the {linears} linears of the model", fix)
+            problem = f"{count} linears are kept out of FP8, and precision is {precision.name}"
+            raise RecipeError(field, problem, f"write precision={precision.name} alone, or precision=fp8_blockwise")
+        room = linears - ends[other]
         if count % LINEARS_PER_LAYER:
             # Transformer Engine's FP8 context is entered by layer, and a layer has two linears.
-            fix = f"write {count - 1} or {count + 1}"
-            raise RecipeError(field, f"{count} ends inside a layer, which has {LINEARS_PER_LAYER} linears", fix)
-    if precision.bf16_first_linears + precision.bf16_last_linears > linears:
-        raise RecipeError(
-            "precision.bf16_last_linears",
-            f"{precision.bf16_last_linears} and the first {precision.bf16_first_linears} are more than the {linears} "
-            "linears of the model",
-            f"write at most {linears - precision.bf16_first_linears}, or precision=bf16",
-        )
+            problem = f"{count} ends inside a layer, which has {LINEARS_PER_LAYER} linears"
+            fix = f"write {count - 1} or {count + 1}" if count < room else _at_most(room)
+            raise RecipeError(field, problem, fix)
+        if count > room and count >= ends[other]:
+            together = f"{count} and the {other} {ends[other]} are" if ends[other] else f"{count} is"
+            raise RecipeError(field, f"{together} more than the {linears} linears of the model", _at_most(room))
 
 
-def fp8_multiples(recipe: Recipe) -> None:
-    """Every dimension of an FP8 product is a multiple of 16 on a rank: both of its weight, and its tokens."""
-    if not recipe.precision.name.startswith("fp8") or recipe.plan.search:
+def _at_most(room: int) -> str:
+    """The fix of an end that has room for so many linears, below 0 where the other end is too large by itself."""
+    if room < 0:
+        return "write precision.bf16_first_linears=0 precision.bf16_last_linears=0"
+    most = room - room % LINEARS_PER_LAYER
+    return f"write at most {most}" if most else "write 0"
+
+
+@dataclass(frozen=True)
+class Misfit:
+    """A dimension in a stage that FP8 cannot take.
+
+    Attributes:
+        what: the dimension.
+        problem: what is wrong with it.
+        field: dotted name of the field that it follows from.
+        value: of that field.
+        step: of the field's values, those between break a rule; what divides them on a rank or in a layer.
+        by_tensor: whether fewer tensor-parallel ranks can mend it.
+    """
+
+    what: str
+    problem: str
+    field: str
+    value: int
+    step: int
+    by_tensor: bool = False
+
+
+def fp8_misfits(recipe: Recipe, stage_name: str) -> Iterator[Misfit]:
+    """What FP8 cannot take in a stage: both dimensions of each quantised weight on a rank, and the tokens there."""
+    if not recipe.precision.name.startswith("fp8"):
         return
-    kinds = _fp8_kinds(recipe)
-    for name, stage in recipe.stages.items():
-        layout = stage_layout(recipe, stage)
-        if kinds:
-            _check_weights(f"stages.{name}.parallel" if stage.parallel else "parallel", recipe.model, layout, kinds)
-            _check_tokens(f"stages.{name}", stage, layout)
+    model, stage = recipe.model, recipe.stages[stage_name]
+    layout, kinds = stage_layout(recipe, stage), _fp8_kinds(recipe)
+    if kinds:
+        yield from _hidden_misfit(recipe.precision, model, layout)
+        yield from _split_misfits(model, layout, kinds)
+        yield from _token_misfit(recipe.precision, f"stages.{stage_name}", stage, layout)
+    if LayerType.MAMBA in parse_pattern(model.pattern) and LayerType.MAMBA not in kinds:
+        yield from _bf16_mamba_misfit(model, layout)
+
+
+def token_multiple(precision: PrecisionConfig, layout: ParallelConfig) -> int:
+    """What divides the tokens of a rank, and the hidden size, in an FP8 precision."""
+    return TILE if precision.name == "fp8_blockwise" and layout.sequence else MULTIPLE
 
 
 def _fp8_kinds(recipe: Recipe) -> frozenset[LayerType]:
@@ -57,55 +97,79 @@ def _fp8_kinds(recipe: Recipe) -> frozenset[LayerType]:
     return frozenset(layers[first : len(layers) - last])
 
 
-def _check_weights(prefix: str, model: ModelConfig, layout: ParallelConfig, kinds: frozenset[LayerType]) -> None:
-    if model.hidden_size % MULTIPLE:
-        raise RecipeError(
-            "model.hidden_size",
-            f"{model.hidden_size} is no multiple of {MULTIPLE}, which FP8 needs",
-            f"write {_nearest(model.hidden_size)}, or precision=bf16",
-        )
-    for what, (field, width) in _split_widths(model, kinds).items():
-        if width % (layout.tensor * MULTIPLE) == 0:
-            continue
-        fits = [size for size in (4, 2, 1) if size < layout.tensor and width % (size * MULTIPLE) == 0]
-        raise RecipeError(
-            f"{prefix}.tensor" if fits else field,
-            f"{width} {what} over {layout.tensor} tensor-parallel ranks are {width / layout.tensor:g} on each, no "
-            f"multiple of {MULTIPLE}, which FP8 needs",
-            f"write {f'{prefix}.tensor={fits[0]}' if fits else f'another {field}'}, or precision=bf16",
-        )
+def _hidden_misfit(precision: PrecisionConfig, model: ModelConfig, layout: ParallelConfig) -> Iterator[Misfit]:
+    multiple = token_multiple(precision, layout)
+    if model.hidden_size % multiple:
+        problem = f"{model.hidden_size} is no {_needed(multiple)}"
+        yield Misfit("hidden size", problem, "model.hidden_size", model.hidden_size, multiple)
 
 
-def _split_widths(model: ModelConfig, kinds: frozenset[LayerType]) -> dict[str, tuple[str, int]]:
-    """Dimensions of weights that tensor parallelism divides: what they are -> the field they follow from, size."""
-    mamba = mamba_shape(model)
-    heads = model.num_attention_heads + 2 * model.num_query_groups
+def _split_misfits(model: ModelConfig, layout: ParallelConfig, kinds: frozenset[LayerType]) -> Iterator[Misfit]:
+    """Dimensions of weights that tensor parallelism divides."""
+    for what, (name, width, step) in _split_widths(model, layout, kinds).items():
+        if width % (layout.tensor * MULTIPLE):
+            on_each = f" over {layout.tensor} tensor-parallel ranks are {width / layout.tensor:g} on each,"
+            problem = f"{width} {what}{on_each if layout.tensor > 1 else ' are'} no {_needed(MULTIPLE)}"
+            yield Misfit(what, problem, f"model.{name}", getattr(model, name), step, by_tensor=True)
+
+
+def _split_widths(
+    model: ModelConfig, layout: ParallelConfig, kinds: frozenset[LayerType]
+) -> dict[str, tuple[str, int, int]]:
+    """Name of a dimension -> the model's field it follows from, its size, and the step of that field's values."""
+    mamba, heads = mamba_shape(model), model.num_attention_heads + 2 * model.num_query_groups
+    mamba_heads = ("mamba_num_heads", _step_of_heads(model, layout))
     of_kind = {
         LayerType.MAMBA: {
-            "rows of a Mamba-2 input projection": ("model.mamba_num_heads", mamba.projected),
-            "channels of a Mamba-2 layer": ("model.mamba_num_heads", mamba.inner),
+            "rows of a Mamba-2 input projection": (*mamba_heads, mamba.projected),
+            "channels of a Mamba-2 layer": (*mamba_heads, mamba.inner),
         },
-        LayerType.FEED_FORWARD: {"channels of a feed-forward layer": ("model.ffn_hidden_size", model.ffn_hidden_size)},
+        LayerType.FEED_FORWARD: {
+            "channels of a feed-forward layer": ("ffn_hidden_size", layout.tensor * MULTIPLE, model.ffn_hidden_size)
+        },
         LayerType.ATTENTION: {
-            "rows of an attention layer's input projection": ("model.head_dim", heads * model.head_dim),
-            "query channels of an attention layer": ("model.head_dim", model.num_attention_heads * model.head_dim),
+            "rows of an attention layer's input projection": ("head_dim", 1, heads * model.head_dim),
+            "query channels of an attention layer": ("head_dim", 1, model.num_attention_heads * model.head_dim),
         },
     }
-    return {what: width for kind in LayerType if kind in kinds for what, width in of_kind[kind].items()}
+    return {
+        what: (field, width, step)
+        for kind in LayerType
+        if kind in kinds
+        for what, (field, step, width) in of_kind[kind].items()
+    }
 
 
-def _check_tokens(field: str, stage: StageConfig, layout: ParallelConfig) -> None:
-    ranks = layout.context * (layout.tensor if layout.sequence else 1)
+def _token_misfit(
+    precision: PrecisionConfig, field: str, stage: StageConfig, layout: ParallelConfig
+) -> Iterator[Misfit]:
+    ranks, multiple = layout.context * (layout.tensor if layout.sequence else 1), token_multiple(precision, layout)
     tokens = stage.micro_batch_size * stage.sequence_length
-    if tokens % (ranks * MULTIPLE):
-        raise RecipeError(
-            f"{field}.sequence_length",
+    if tokens % (ranks * multiple):
+        problem = (
             f"micro-batches of {stage.micro_batch_size} x {stage.sequence_length} leave {tokens / ranks:g} tokens on a "
-            f"rank, no multiple of {MULTIPLE}, which FP8 needs",
-            f"write a multiple of {ranks * MULTIPLE}, or precision=bf16",
+            f"rank, no {_needed(multiple)}"
         )
+        step = ranks * multiple // math.gcd(ranks * multiple, stage.micro_batch_size)
+        yield Misfit("tokens", problem, f"{field}.sequence_length", stage.sequence_length, step)
 
 
-def _nearest(value: int) -> str:
-    lower = value - value % MULTIPLE
-    return f"{lower} or {lower + MULTIPLE}" if lower else f"{MULTIPLE}"
+def _bf16_mamba_misfit(model: ModelConfig, layout: ParallelConfig) -> Iterator[Misfit]:
+    """megatron-core 0.16's mixer asserts this of the whole projection, of layers in BF16 too (ssm/mamba_mixer.py)."""
+    rows = mamba_shape(model).projected
+    if rows % MULTIPLE:
+        what = "rows of a Mamba-2 input projection"
+        problem = f"{rows} {what} are no {_needed(MULTIPLE)} of layers in BF16 too"
+        heads = model.mamba_num_heads
+        yield Misfit(what, problem, "model.mamba_num_heads", heads, _step_of_heads(model, layout))
+
+
+def _step_of_heads(model: ModelConfig, layout: ParallelConfig) -> int:
+    """Mamba heads are a multiple of their groups, and of the ranks that share them."""
+    return math.lcm(model.mamba_num_groups, layout.tensor * layout.context)
+
+
+def _needed(multiple: int) -> str:
+    if multiple == TILE:
+        return f"multiple of {TILE}, which fp8_blockwise needs under sequence parallelism"
+    return f"multiple of {multiple}, which FP8 needs"

@@ -96,11 +96,14 @@ def ledger_table(record: Record) -> Table:
 
 
 def quantisation_table(record: Record) -> Table:
-    """What FP8 loses of inputs, weights and gradients, at first and at last, and where most; empty without FP8."""
+    """What FP8 loses of inputs, weights and gradients, in the first and last step counted, and where most in the last.
+
+    Empty without FP8.
+    """
     header = (
         "FP8, of",
-        "median error, first",
-        "last",
+        "median error, first step",
+        "last step",
         "largest error",
         "in",
         "most flushed to zero",
@@ -208,9 +211,9 @@ def _quantisation_row(steps: list[Quantisation], operand: str) -> tuple[str, ...
         *(words.percent(median(_errors(step, operand)), 2) for step in (first, last)),
         words.percent(error[0], 2),
         error[1],
-        words.percent(flushed[0], 2),
-        flushed[1],
-        words.percent(saturated[0], 2),
+        words.small_share(flushed[0]),
+        flushed[1] if flushed[0] else "",
+        words.small_share(saturated[0]),
     )
 
 

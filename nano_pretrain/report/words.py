@@ -30,6 +30,13 @@ def percent(fraction: float, digits: int = 1) -> str:
     return f"{100 * fraction:.{digits}f} %" if isfinite(fraction) else NOT_KNOWN
 
 
+def small_share(fraction: float) -> str:
+    """A fraction of 1 in percent, two digits of it however small it is: 0.00013 %."""
+    if not isfinite(fraction) or fraction == 0:
+        return percent(fraction, 0)
+    return f"{100 * fraction:.2g} %" if abs(fraction) < 0.01 else percent(fraction, 2)
+
+
 def change(value: float, reference: float) -> float:
     """How far a value lies above (positive) or below its reference, as a fraction of it; NaN without a reference."""
     return value / reference - 1 if reference else nan

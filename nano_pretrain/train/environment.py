@@ -42,6 +42,8 @@ def environment(session: Session) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads_per_rank": torch.get_num_threads(),
         "kernels": session.platform.kernels(),
+        # Some of Transformer Engine's decide how it rounds, for example NVTE_FP8_BLOCK_SCALING_FP32_SCALES.
+        "variables": {name: value for name, value in sorted(os.environ.items()) if name.startswith("NVTE_")},
         "layout": session.layout_summary(),
         "parameters": count_parameters(session.recipe.model).total,
         "command": sys.argv,

@@ -110,6 +110,8 @@ class TensorBoard:
         if record.step % self.every == 0 or session.finished:
             for name, value in _scalars(record).items():
                 self._writer.add_scalar(f"train/{name}", value, record.step)
+        for name, value in session.quantisation.items():
+            self._writer.add_scalar(f"fp8/{name}", value, record.step)
 
     def on_end(self, session: Session) -> None:
         """Close the event file."""
@@ -152,6 +154,8 @@ class Wandb:
         """Log the step's numbers."""
         if record.step % self.every == 0 or session.finished:
             self._run.log(_scalars(record), step=record.step)
+        if session.quantisation:
+            self._run.log({f"fp8/{name}": value for name, value in session.quantisation.items()}, step=record.step)
 
     def on_end(self, session: Session) -> None:
         """Finish the run."""

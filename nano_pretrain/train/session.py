@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -33,6 +33,7 @@ class Session:
         trainable: model and optimizer.
         tokens: tokens consumed.
         step: optimizer steps taken.
+        quantisation: what TensorBoard and wandb get of the FP8 losses, if the last step counted them.
     """
 
     recipe: Recipe
@@ -45,6 +46,7 @@ class Session:
     trainable: Trainable
     tokens: int = 0
     step: int = 0
+    quantisation: dict[str, float] = field(default_factory=dict)
 
     @property
     def finished(self) -> bool:

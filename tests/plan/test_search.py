@@ -113,6 +113,17 @@ def test_recomputation_only_where_it_is_needed() -> None:
             assert max(rank.total for rank in stage_memory(less, STAGE)) > 80e9
 
 
+@pytest.mark.parametrize(("linears", "pipelines"), [(4, {8, 16}), (20, {8})])
+def test_no_pipeline_is_listed_that_is_too_long_for_the_bf16_layers(
+    linears: int, pipelines: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, sizes in (("TENSOR", (8,)), ("PIPELINE", (8, 16)), ("CONTEXT", (1,)), ("MICRO_BATCHES", (1,))):
+        monkeypatch.setattr(module, name, sizes)
+    own = ["parallel.pipeline=8", f"precision.bf16_first_linears={linears}"]
+    found = search_stage(named("nemotron_h_56b", "plan.search=true", *own), STAGE, H100, 1.0)
+    assert {candidate.pipeline for candidate in found.fitting} == pipelines
+
+
 @pytest.mark.usefixtures("few_layouts")
 def test_the_recipes_own_layout_is_listed_where_it_is_none_of_those_tried() -> None:
     own = ("parallel.sequence=false", "recompute.granularity=full")

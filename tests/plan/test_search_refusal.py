@@ -82,4 +82,4 @@ def test_what_is_too_large_on_any_number_of_devices_is_not_sent_to_another() -> 
 
 def test_a_rule_that_every_layout_breaks_is_said_itself() -> None:
     line = refusal(searched("tiny", "precision=fp8_blockwise", "model.hidden_size=250"), device("cpu"))
-    assert line.startswith("model.hidden_size: 250 is no multiple of 16")
+    assert line.startswith("model.hidden_size: 250 is no multiple of 128, which fp8_blockwise needs")

@@ -16,6 +16,7 @@ from nano_pretrain.platform import cuda
 from nano_pretrain.platform.cuda_limits import (
     CudaFacts,
     check_attention,
+    check_bf16_layers,
     check_convolution,
     check_cuda,
     check_fp8_support,
@@ -96,9 +97,9 @@ def test_a_stage_that_the_scan_cannot_address_is_named() -> None:
 def test_context_parallel_ranks_keep_a_copy_of_a_group() -> None:
     recipe = compose(["recipe=tiny"]).recipe
     recipe.parallel = ParallelConfig(context=16)
-    # One head of 32 channels and one group of 32 states: z, x, B, C and dt are 4 x 32 + 1 rows.
+    # Two heads of 16 channels and one group of 32 states: z, x, B, C and dt are 4 x 32 + 2 rows.
     stage = recipe.stages["pretrain"] = replace(
-        recipe.stages["pretrain"], micro_batch_size=1, sequence_length=(2**31 - 1) // 129
+        recipe.stages["pretrain"], micro_batch_size=1, sequence_length=(2**31 - 1) // 130
     )
     check_scan(recipe, "pretrain")
     stage.sequence_length += 1
@@ -123,6 +124,27 @@ def test_a_convolution_without_a_kernel(field: str, value: int, message: str) ->
         check_convolution(recipe, "pretrain")
     recipe.model.pattern = "*-"
     check_convolution(recipe, "pretrain")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("", None),
+        ("parallel.pipeline=5", None),
+        ("parallel.pipeline=6", "first_linears: 4 linears are 2 layers, .* 11 layers // 6 pipeline stages = 1 at an "
+         r"end; write precision\.bf16_first_linears=2 precision\.bf16_last_linears=2, or parallel\.pipeline=5 or less"),
+        ("parallel.pipeline=6 precision.bf16_first_linears=2", r"last_linears: .*; write [^ ]+\.bf16_last_linears=2,"),
+        ("parallel.pipeline=6 precision=bf16", None),
+    ],
+)  # fmt: skip
+def test_bf16_layers_at_an_end_of_a_pipeline(overrides: str, message: str | None) -> None:
+    arguments = ["recipe=tiny", "cluster.gpus=30", "stages.pretrain.global_batch_size=240", *overrides.split()]
+    recipe = compose(arguments).recipe
+    if message is None:
+        check_bf16_layers(recipe, "pretrain")
+        return
+    with pytest.raises(RecipeError, match=rf"^precision\.bf16_{message}"):
+        check_cuda(recipe, HOPPER)
 
 
 def test_fp32_attention_under_context_parallelism() -> None:

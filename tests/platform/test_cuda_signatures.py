@@ -12,6 +12,7 @@ import pytest
 
 from nano_pretrain.kernels import mamba
 from nano_pretrain.platform.cuda_limits import CONVOLUTION_CHANNELS, CONVOLUTION_WIDTHS
+from nano_pretrain.recipe.rules_precision import MULTIPLE, TILE
 from tests.platform.published import Published, release, versions
 from tests.platform.sources import (
     PRODUCT,
@@ -155,6 +156,36 @@ def test_user_buffers_are_asked_for_as_transformer_engine_gives_them(engine: Pub
     (given,) = calls(ast.parse((PRODUCT / "platform" / "cuda.py").read_text()), "initialize_ub")
     assert given.misfits(parameters(base, "initialize_ub")) == set()
     assert {"NONE", "FP8"} <= bound_names(ast.Module([definition(base, "UserBufferQuantizationMode")], []))
+
+
+def test_user_buffers_gather_no_blocks_of_fp8(engine: Published) -> None:
+    """What `tensor_overlap` refuses: all that is none of the quantisers asked for ends in an error."""
+    fill = definition(engine.module("transformer_engine.pytorch.module.base"), "fill_userbuffers_buffer_for_all_gather")
+    asked = [call for call in ast.walk(fill) if isinstance(call, ast.Call) and ast.unparse(call.func) == "isinstance"]
+    taken = {ast.unparse(call.args[1]) for call in asked if ast.unparse(call.args[0]) == "quantizer"}
+    assert taken == {"(Float8Quantizer, Float8CurrentScalingQuantizer)", "MXFP8Quantizer"}
+    assert isinstance(fill.body[-1], ast.Raise)
+    assert "Unsupported quantizer for Userbuffers" in ast.unparse(fill.body[-1])
+
+
+def test_blocks_are_gathered_in_whole_tiles(engine: Published) -> None:
+    """Why hidden size and tokens are multiples of `TILE` under sequence parallelism."""
+    blocks = engine.module("transformer_engine.pytorch.tensor.float8_blockwise_tensor")
+    quantizable = ast.unparse(definition(blocks, "Float8BlockQuantizer.is_quantizable"))
+    assert "inp.shape[-1] % self.block_len != 0" in quantizable
+    assert "math.prod(inp.shape[:-1]) % self.block_len != 0" in quantizable
+    assert f"self.block_len = {TILE}" in ast.unparse(definition(blocks, "Float8BlockQuantizer.__init__"))
+    gather = definition(engine.module("transformer_engine.pytorch.utils"), "assert_dim_for_all_gather")
+    assert "assert quantizer.is_quantizable(tensor)" in ast.unparse(gather)
+    for name in ("linear", "layernorm_linear"):
+        assert calls(engine.module(f"transformer_engine.pytorch.module.{name}"), "assert_dim_for_all_gather")
+
+
+def test_the_mixer_wants_rows_for_fp8_whether_or_not_its_layer_has_it() -> None:
+    """What FP8 asks of the Mamba-2 layers that stay BF16."""
+    mixer = ast.unparse(definition(megatron_source(MIXER), "MambaMixer.__init__"))
+    rows = "(2 * self.d_inner + 2 * self.ngroups * self.d_state + self.nheads)"
+    assert f"if self.config.fp8:\n        assert {rows} % {MULTIPLE} == 0" in mixer
 
 
 def test_parameters_of_a_linear_have_the_names_of_our_checkpoints(engine: Published) -> None:

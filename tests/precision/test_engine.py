@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from nano_pretrain.platform import Platform
+from nano_pretrain.platform.cuda_limits import check_bf16_layers
 from nano_pretrain.precision.placement import engine_fields, fp8_linears
 from nano_pretrain.precision.primary import in_high_precision
 from nano_pretrain.recipe.errors import RecipeError
@@ -59,19 +60,31 @@ def test_megatron_core_keeps_the_same_linears_in_bf16(first: int, last: int, pla
     from megatron.core.fp8_utils import is_first_last_bf16_layer
 
     precision = PrecisionConfig("fp8_blockwise", first, last)
-    told = SimpleNamespace(
-        num_layers=len(PATTERN), **engine_fields(PATTERN, precision, ParallelConfig(), platform="cuda")
-    )
+    told = SimpleNamespace(num_layers=len(PATTERN), **engine_fields(precision, platform="cuda"))
     ours = [linear.layer for linear in fp8_linears(PATTERN, precision)]
     theirs = [layer for layer in range(len(PATTERN)) if not is_first_last_bf16_layer(told, layer)]
     assert ours == [layer for layer in theirs for _ in range(2)]
 
 
-def test_more_bf16_layers_than_a_stage_has_are_refused() -> None:
-    precision = PrecisionConfig("fp8_blockwise", bf16_last_linears=4)
-    with pytest.raises(RecipeError, match=r"^precision\.bf16_last_linears: 4 linears .*; write at most 2, or fewer"):
-        engine_fields("M-M-", precision, ParallelConfig(pipeline=4), "cuda")
-    assert engine_fields("M-M-", precision, ParallelConfig(pipeline=4), "cpu") == {}
+@pytest.mark.parametrize("name", ["bf16_first_linears", "bf16_last_linears"])
+def test_megatron_core_takes_as_many_bf16_layers_as_the_rule(
+    name: str, platform: Platform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nano_pretrain.model.config import transformer_config
+
+    monkeypatch.setattr(platform, "name", "cuda")
+    layout, most = ParallelConfig(pipeline=4), 2 * (len(PATTERN) // 4)
+    for linears in (most, most + 2):
+        precision = PrecisionConfig("fp8_blockwise", **{name: linears})
+        recipe = replace(small_recipe(pattern=PATTERN), precision=precision, parallel=layout)
+        if linears == most:
+            check_bf16_layers(recipe, "pretrain")
+            transformer_config(recipe, layout, platform)
+            continue
+        with pytest.raises(RecipeError, match=rf"^precision\.{name}: 6 linears are 3 layers"):
+            check_bf16_layers(recipe, "pretrain")
+        with pytest.raises(ValueError, match="in_bf16"):
+            transformer_config(recipe, layout, platform)
 
 
 class HeldInFp8(nn.Parameter):

@@ -52,6 +52,17 @@ def test_overlap_sums_in_bf16() -> None:
     assert_refused(recipe, "parallel.tensor_overlap: sums in BF16, and precision.name is fp32; write parallel.tensor_o")
 
 
+def test_overlap_gathers_no_blocks_of_fp8() -> None:
+    recipe = recipe_with(OVERLAPPED)
+    recipe.precision = PrecisionConfig("fp8_blockwise")
+    fix = "write parallel.tensor_overlap=false, precision=fp8_current_scaling or precision=bf16"
+    assert_refused(
+        recipe, f"parallel.tensor_overlap: gathers no blocks of FP8, and precision.name is fp8_blockwise; {fix}"
+    )
+    recipe.precision = PrecisionConfig("fp8_current_scaling")
+    tensor_overlap(recipe)
+
+
 def test_graphs_name_everything_that_is_missing() -> None:
     recipe = recipe_with(ParallelConfig(pipeline=2, cuda_graphs=True))
     recipe.recompute.granularity = "selective"

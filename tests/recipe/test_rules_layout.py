@@ -8,9 +8,9 @@ import pytest
 
 from nano_pretrain.compose import compose
 from nano_pretrain.recipe.errors import UserError
-from nano_pretrain.recipe.rules import check_layout
+from nano_pretrain.recipe.rules_fp8 import fp8_multiples
 from nano_pretrain.recipe.rules_layout import divisors
-from nano_pretrain.recipe.rules_precision import fp8_multiples
+from nano_pretrain.recipe.rules_ranks import check_layout
 
 NAMED = ["nano_12b_v2", "nano_12b_v2_paper", "nano_9b_v2", "nemotron_h_4b", "nemotron_h_47b", "nemotron_h_56b", "tiny"]
 

@@ -80,7 +80,8 @@ def test_field_that_is_not_free_is_named(runs: dict[int, Path], recipe: Recipe, 
         check_same_run(changed(recipe, field), runs[id(recipe)])
     message = str(caught.value)
     assert message.startswith(f"{field}: ")
-    assert f"write {field}=" in message
+    # The group: by itself the name would leave linears in BF16 that its precision does not know.
+    assert f"write {'precision' if field == 'precision.name' else field}=" in message
     assert "choose another run.name" in message
 
 

@@ -103,21 +103,44 @@ SHAPES = [
 ]  # fmt: skip
 PRECISION = [
     ("recipe=nano_12b_v2_paper parallel.tensor=3", "parallel.tensor", "3 does not divide", "write 2$"),
-    ("recipe=nano_12b_v2_paper layout=tp8 cluster.gpus=6144", "parallel.tensor", "22688 rows .* 2836", "tensor=2"),
-    ("recipe=nano_9b_v2 layout=tp8 cluster.gpus=5888", "parallel.tensor", "15680 channels .* 1960", "tensor=4"),
-    ("recipe=tiny precision=fp8_blockwise layout=tp2", "parallel.tensor", "1296 rows .* 648", "tensor=1"),
+    ("recipe=nano_12b_v2_paper layout=tp8 cluster.gpus=6144", "parallel.tensor", "22688 rows .* 2836",
+     "tensor=2 cluster.gpus=1536, or"),
+    ("recipe=nano_9b_v2 layout=tp8", "parallel.tensor", "15680 channels .* 1960", "tensor=4, or"),
+    ("recipe=tiny layout=tp2 model.mamba_num_heads=16", "parallel.tensor", "784 rows .* 392",
+     r"parallel\.tensor=1 parallel\.sequence=false, or"),
+    ("recipe=tiny layout=tp4 model.ffn_hidden_size=1008 model.mamba_num_groups=8 cluster.gpus=4", "parallel.tensor",
+     "1568 rows .* 392", r"parallel\.tensor=1 parallel\.sequence=false cluster\.gpus=2, or"),
+    ("recipe=tiny parallel.sequence=true model.mamba_num_heads=16", "parallel.sequence", "needs tensor",
+     "sequence=false$"),
     ("recipe=tiny precision=fp8_blockwise model.hidden_size=250", "model.hidden_size", "250 is no", "240 or 256"),
-    ("recipe=tiny precision=fp8_blockwise model.hidden_size=8", "model.hidden_size", "8 is no multiple", "write 16"),
-    ("recipe=tiny precision=fp8_blockwise model.ffn_hidden_size=770", "model.ffn_hidden_size", "770", "precision=bf16"),
-    ("recipe=tiny precision=fp8_blockwise model.mamba_num_heads=20", "model.mamba_num_heads", "1556", "precision=bf16"),
-    ("recipe=tiny precision=fp8_current_scaling model.head_dim=7", "model.head_dim", "56", "another model.head_dim"),
+    ("recipe=tiny precision=fp8_blockwise model.hidden_size=8", "model.hidden_size", "8 is no", "write 16, or"),
+    ("recipe=tiny precision=fp8_blockwise model.ffn_hidden_size=770", "model.ffn_hidden_size",
+     "770 channels of a feed-forward layer are no multiple of 16", "write 768 or 784, or precision=bf16"),
+    ("recipe=tiny layout=tp2 model.ffn_hidden_size=1000", "model.ffn_hidden_size", "over 2 .* are 500 on each",
+     "write 992 or 1024, or"),
+    ("recipe=tiny precision=fp8_blockwise model.mamba_num_heads=20", "model.mamba_num_heads", "916", "16 or 32, or"),
+    ("recipe=tiny precision=fp8_current_scaling model.head_dim=7", "model.head_dim", "56", "write 6 or 8, or"),
+    ("recipe=tiny model.mamba_num_heads=12 model.pattern=-M-M- precision.bf16_first_linears=8 "
+     "precision.bf16_last_linears=0", "model.mamba_num_heads", "652 rows .* 16, which FP8 needs of layers in BF16 too",
+     "write 16, or"),
+    ("recipe=nano_12b_v2 model.hidden_size=5136", "model.hidden_size", "5136 is no multiple of 128, which fp8_b",
+     r"write 5120 or 5248, parallel\.sequence=false or precision=bf16$"),
+    (f"recipe=nano_12b_v2 {PRETRAIN}.sequence_length=8064", f"{PRETRAIN}.sequence_length",
+     "8064 leave 1008 tokens on a rank, no multiple of 128", "write 7168 or 8192, parallel.sequence=false or"),
     (f"recipe=tiny precision=fp8_blockwise {PRETRAIN}.sequence_length=513", f"{PRETRAIN}.sequence_length",
-     "8 x 513 leave 4104 tokens", "multiple of 16"),
-    ("recipe=tiny precision=bf16 precision.bf16_first_linears=4", "precision.bf16_first_linears", "precision is bf16",
-     "linears=0"),
+     "8 x 513 leave 4104 tokens", "write 512 or 514, or precision=bf16$"),
+    ("recipe=tiny precision.name=bf16", "precision.bf16_first_linears", "4 .* precision is bf16",
+     "write precision=bf16 alone"),
+    ("recipe=tiny precision=fp32 precision.bf16_last_linears=4", "precision.bf16_last_linears", "precision is fp32",
+     "write precision=fp32 alone"),
     ("recipe=nano_12b_v2 precision.bf16_first_linears=3", "precision.bf16_first_linears", "inside a layer", "2 or 4"),
-    ("recipe=nano_12b_v2 precision.bf16_last_linears=126", "precision.bf16_last_linears", "than the 124", "most 124"),
+    ("recipe=nano_12b_v2 precision.bf16_last_linears=126", "precision.bf16_last_linears", "than the 124", "most 120"),
     ("recipe=nano_12b_v2 precision.bf16_last_linears=122", "precision.bf16_last_linears", "first 4", "at most 120"),
+    ("recipe=tiny precision.bf16_first_linears=25", "precision.bf16_first_linears", "inside a layer", "at most 18$"),
+    ("recipe=tiny precision.bf16_first_linears=3 precision.bf16_last_linears=22", "precision.bf16_first_linears",
+     "inside a layer", "write 0$"),
+    ("recipe=tiny model.pattern=M", "precision.bf16_first_linears", "4 and the last 4 are more than the 2 linears",
+     r"write precision\.bf16_first_linears=0 precision\.bf16_last_linears=0$"),
 ]  # fmt: skip
 LENGTHS = [
     (f"recipe=nano_12b_v2 {PRETRAIN}.tokens=6000000", f"{PRETRAIN}.tokens", "less than a step", "at least 6029312"),
@@ -180,3 +203,10 @@ def test_plan_refuses_what_the_scan_cannot_address_on_gpus_and_only_there() -> N
     with pytest.raises(UserError, match=rf"^{LONG}\.sequence_length: in_proj's output .*; raise parallel\.context"):
         make_plan(compose(["recipe=nano_12b_v2", *layout]).recipe)
     make_plan(compose(["recipe=nano_12b_v2", "precision=bf16", "plan.hardware=cpu", *layout]).recipe)
+
+
+def test_plan_refuses_bf16_layers_that_a_pipeline_cannot_have_on_gpus_and_only_there() -> None:
+    overrides = ["recipe=tiny", "parallel.pipeline=8", "cluster.gpus=8", "data.path=nowhere"]
+    with pytest.raises(UserError, match=r"^precision\.bf16_first_linears: 4 linears are 2 layers, and on GPUs "):
+        make_plan(compose([*overrides, "plan.hardware=h100"]).recipe)
+    make_plan(compose(overrides).recipe)
