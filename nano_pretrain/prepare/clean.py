@@ -17,6 +17,8 @@ class Drop(StrEnum):
     DUPLICATE = "duplicate"
     OVER_CAP = "over the cap"
     NEAR_DUPLICATE = "near training text"
+    NOT_LONG = "not long"
+    NO_QUESTION = "no question"
 
 
 MIN_CHARACTERS = 48

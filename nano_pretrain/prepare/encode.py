@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -17,6 +18,24 @@ SHARD_TOKENS = 1 << 26
 DOCUMENTS_AT_A_TIME = 256
 
 
+@dataclass
+class Written:
+    """What was written of one source and split.
+
+    Attributes:
+        pairs: the shards, in order.
+        lengths: tokens of each document, the end-of-document token included.
+    """
+
+    pairs: list[WrittenPair] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all shards."""
+        return sum(pair.tokens for pair in self.pairs)
+
+
 def write_shards(
     tokenizer: Tokenizer,
     documents: Iterable[Document],
@@ -24,7 +43,7 @@ def write_shards(
     *,
     done: Callable[[int], None],
     shard_tokens: int = SHARD_TOKENS,
-) -> list[WrittenPair]:
+) -> Written:
     """Encode documents, each closed by the end-of-document token, and write them as shards `PREFIX-00000`, ...
 
     Args:
@@ -35,27 +54,30 @@ def write_shards(
         shard_tokens: size at which a shard is closed.
 
     Returns:
-        What was written, in order; at least one shard, empty if there are no documents.
+        What was written; at least one shard, empty if there are no documents.
     """
     dtype = token_dtype(tokenizer.get_vocab_size())
     remaining = iter(documents)
     batch = _next_batch(remaining)
-    pairs: list[WrittenPair] = []
-    while batch or not pairs:
-        with IndexedFileWriter(prefix.with_name(f"{prefix.name}-{len(pairs):05d}"), dtype) as writer:
+    written = Written()
+    while batch or not written.pairs:
+        with IndexedFileWriter(prefix.with_name(f"{prefix.name}-{len(written.pairs):05d}"), dtype) as writer:
             while batch and writer.tokens < shard_tokens:
-                _write_batch(tokenizer, batch, writer)
+                written.lengths += _write_batch(tokenizer, batch, writer)
                 done(sum(document.bytes for document in batch))
                 batch = _next_batch(remaining)
-            pairs.append(writer.finish())
-    return pairs
+            written.pairs.append(writer.finish())
+    return written
 
 
 def _next_batch(remaining: Iterator[Document]) -> list[Document]:
     return list(itertools.islice(remaining, DOCUMENTS_AT_A_TIME))
 
 
-def _write_batch(tokenizer: Tokenizer, batch: Sequence[Document], writer: IndexedFileWriter) -> None:
+def _write_batch(tokenizer: Tokenizer, batch: Sequence[Document], writer: IndexedFileWriter) -> list[int]:
+    """Write the documents; returns the length of each."""
     texts = [document.text for document in batch]
-    for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False):
-        writer.add([*encoding.ids, EOD_ID])
+    encoded = [[*encoding.ids, EOD_ID] for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+    for ids in encoded:
+        writer.add(ids)
+    return [len(ids) for ids in encoded]

@@ -11,18 +11,22 @@ from typing import Any
 
 import tokenizers
 
-from nano_pretrain.data.indexed_file import WrittenPair, bin_path, idx_path
+from nano_pretrain.data.indexed_file import bin_path, idx_path
 from nano_pretrain.data.shards import MANIFEST_FORMAT, MANIFEST_NAME, TOKENIZER_NAME, open_corpus, read_manifest
-from nano_pretrain.prepare.corpus_file import CorpusFile, Source
+from nano_pretrain.prepare.corpus_file import CorpusFile, DerivedSource, Source
 from nano_pretrain.prepare.documents import Document
+from nano_pretrain.prepare.encode import Written
 from nano_pretrain.prepare.fetch import file_sha256
+from nano_pretrain.prepare.long_qa.derive import Derived
 from nano_pretrain.prepare.select import Selection
 from nano_pretrain.prepare.tokenizer import EOD_ID
 from nano_pretrain.recipe.errors import UserError
-from nano_pretrain.recipe.schema import Recipe
+from nano_pretrain.recipe.schema import LongQaConfig, Recipe
 
 PIPELINE_VERSION = 1
 """Raised whenever the same settings give other shards than before."""
+LENGTHS = tuple(1024 * factor for factor in (1, 4, 8, 32, 128, 512))
+"""The manifest says how many tokens lie in documents of at least each of these lengths."""
 HASHED_AT_REUSE = 1 << 30
 """A corpus of up to this many bytes is hashed before it is used again (about a second); of a larger one only the sizes
 are checked."""
@@ -32,12 +36,16 @@ def settings(recipe: Recipe, corpus: CorpusFile) -> dict[str, Any]:
     """All that the shards depend on, by the name under which the user can change it."""
     data = recipe.data
     trained = {"data.tokenizer.train_bytes": data.tokenizer.train_bytes} if data.tokenizer.kind == "bpe" else {}
+    asked = {"data.long_qa.writer": data.long_qa.writer} if corpus.derived else {}
+    if asked and data.long_qa.writer == "openai":
+        asked["data.long_qa.model"] = str(data.long_qa.model)
     return {
         "data.corpus": f"{corpus.name} (contents {corpus.sha256[:16]})",
         "data.max_bytes_per_source": data.max_bytes_per_source,
         "data.heldout_share": data.heldout_share,
         "data.tokenizer.kind": data.tokenizer.kind,
         **trained,
+        **asked,
         "model.vocab_size": recipe.model.vocab_size,
         "the version of prepare": PIPELINE_VERSION,
     }
@@ -87,11 +95,13 @@ def _shards(sources: Mapping[str, Any]) -> Iterable[tuple[str, dict[str, Any]]]:
                 yield split, shard
 
 
-def source_entry(source: Source, selection: Selection, written: Mapping[str, Sequence[WrittenPair]]) -> dict[str, Any]:
+def source_entry(
+    corpus: CorpusFile, source: Source | DerivedSource, selection: Selection, written: Mapping[str, Written]
+) -> dict[str, Any]:
     """A source in the manifest: what came in, what was dropped and why, and what was written of either split."""
     return {
         "category": source.category,
-        "licence": source.licence,
+        "licence": corpus.licence(source),
         "in": {"documents": selection.documents_in, "bytes": selection.bytes_in},
         "dropped": {
             reason.value: {"documents": count, "bytes": selection.dropped_bytes[reason]}
@@ -102,13 +112,30 @@ def source_entry(source: Source, selection: Selection, written: Mapping[str, Seq
     }
 
 
-def _split_entry(documents: Sequence[Document], pairs: Sequence[WrittenPair]) -> dict[str, Any]:
+def questions_entry(source: DerivedSource, derived: Derived, settings: LongQaConfig) -> dict[str, Any]:
+    """How a derived source was made, with its counts by split."""
+    return {
+        "writer": settings.writer if settings.writer == "extractive" else f"{settings.writer} {settings.model}",
+        "parents": list(source.parents),
+        "min_tokens": source.min_tokens,
+        "chunk_tokens": source.chunk_tokens,
+        **derived.counts,
+    }
+
+
+def _split_entry(documents: Sequence[Document], written: Written) -> dict[str, Any]:
     return {
         "documents": len(documents),
         "bytes": sum(document.bytes for document in documents),
-        "tokens": sum(pair.tokens for pair in pairs),
-        "shards": [dataclasses.asdict(pair) for pair in pairs],
+        "tokens": written.tokens,
+        "tokens_by_length": tokens_by_length(written.lengths),
+        "shards": [dataclasses.asdict(pair) for pair in written.pairs],
     }
+
+
+def tokens_by_length(lengths: Sequence[int]) -> dict[str, int]:
+    """Tokens that lie in documents of at least each of `LENGTHS`, from the documents' lengths."""
+    return {str(least): sum(length for length in lengths if length >= least) for least in LENGTHS}
 
 
 def build_manifest(

@@ -10,6 +10,7 @@ from rich.table import Table
 
 REPORT_NAME = "report.md"
 COLUMNS = ("source", "category", "in", "dropped", "train", "held out")
+QUESTION_COUNTS = ("documents", "chunks", "sampled", "questions")
 SHORT_COLUMNS = ("source", "MB in", "MB train", "tokens", "held out", "documents dropped")
 
 
@@ -51,6 +52,10 @@ def report_text(manifest: Mapping[str, Any]) -> str:
         "## Sources",
         "Bytes are UTF-8 text; tokens include one end-of-document token a document.",
         _markdown_table(COLUMNS, [*_rows(manifest["sources"]), _sum_row(manifest["sources"])]),
+        "## Length of documents",
+        "Share of the training tokens that lie in documents of at least so many tokens.",
+        _markdown_table(*_lengths(manifest["sources"])),
+        *_questions(manifest["sources"]),
         "## Licences and provenance",
         _markdown_table(
             ("source", "licence"), [(name, entry["licence"]) for name, entry in manifest["sources"].items()]
@@ -114,7 +119,38 @@ def _sum_row(sources: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _add(entries: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    return {key: sum(entry[key] for entry in entries) for key in entries[0] if key != "shards"}
+    return {key: sum(entry[key] for entry in entries) for key in entries[0] if isinstance(entries[0][key], int)}
+
+
+def _lengths(sources: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header and rows: a source, and its shares by length in percent."""
+    train = {name: entry["train"] for name, entry in sources.items()}
+    least = next(iter(train.values()))["tokens_by_length"]
+    rows = [
+        (name, *(f"{100 * tokens / max(entry['tokens'], 1):.1f}" for tokens in entry["tokens_by_length"].values()))
+        for name, entry in train.items()
+    ]
+    return ("source", *(f"{int(length) // 1024}k" for length in least)), rows
+
+
+def _questions(sources: Mapping[str, Any]) -> list[str]:
+    """A section on the derived sources, if there are any."""
+    made = {name: entry["questions"] for name, entry in sources.items() if "questions" in entry}
+    rows = [
+        (
+            name,
+            entry["writer"],
+            ", ".join(entry["parents"]),
+            f"{entry['min_tokens']:,}",
+            f"{entry['chunk_tokens']:,}",
+            label,
+            *(f"{entry[split][column]:,}" for column in QUESTION_COUNTS),
+        )
+        for name, entry in made.items()
+        for split, label in (("train", "train"), ("heldout", "held out"))
+    ]
+    header = ("source", "writer", "parents", "least tokens", "tokens of a chunk", "split", *QUESTION_COUNTS)
+    return ["## Questions about long documents", _markdown_table(header, rows)] if rows else []
 
 
 def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -55,7 +55,7 @@ def select(texts: Iterable[str], seen: set[bytes], heldout_share: float, max_byt
     selection = Selection()
     documents = shuffle(_distinct(_cleaned(texts, selection), seen, selection))
     selection.heldout, train = split(documents, heldout_share)
-    selection.train = _capped(train, max_bytes, selection)
+    selection.train = capped(train, max_bytes, selection)
     return selection
 
 
@@ -110,7 +110,8 @@ def split(documents: list[Document], share: float) -> tuple[list[Document], list
     )
 
 
-def _capped(documents: list[Document], max_bytes: int | None, selection: Selection) -> list[Document]:
+def capped(documents: list[Document], max_bytes: int | None, selection: Selection) -> list[Document]:
+    """The documents from the beginning up to `max_bytes`, at least one; the others are counted as dropped."""
     kept: list[Document] = []
     total = 0
     for document in documents:

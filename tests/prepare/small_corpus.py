@@ -17,6 +17,7 @@ from nano_pretrain.recipe.schema import Recipe
 SYLLABLES = ["ba", "do", "ki", "lu", "me", "no", "pa", "ri", "su", "ta", "ve", "wo", "xi", "fra", "gle", "sté", "語"]
 WHEEL_NAME = "prose-1.0-py3-none-any.whl"
 VOCAB_SIZE = 400
+MIN_TOKENS, CHUNK_TOKENS = 400, 40
 
 
 def prose(rng: random.Random, words: int) -> str:
@@ -54,12 +55,14 @@ def write_wheel(path: Path, files: Mapping[str, str]) -> str:
 
 
 def corpus_content(sha256: str) -> dict[str, Any]:
-    """A corpus file of two sources in one package."""
+    """A corpus file of two sources in one package, and one derived from them."""
     package = {"version": "1.0", "file": WHEEL_NAME, "sha256": sha256, "licence": "MIT"}
     common = {"package": "prose", "licence": "made by a test"}
     notes = {"category": "code", "extractor": "text_files", "arguments": {"include": ["prose/notes/*.txt"]}}
     talk = {"category": "general_sft", "extractor": "chat_yaml", "arguments": {"include": ["prose/talk/*.yml"]}}
-    return {"packages": {"prose": package}, "sources": {"notes": common | notes, "talk": common | talk}}
+    derived = {"long": {"parents": ["notes"], "min_tokens": MIN_TOKENS, "chunk_tokens": CHUNK_TOKENS}}
+    sources = {"notes": common | notes, "talk": common | talk}
+    return {"packages": {"prose": package}, "sources": sources, "derived": derived}
 
 
 def small_recipe(directory: Path, files: Mapping[str, str] | None = None) -> Recipe:

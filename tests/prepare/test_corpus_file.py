@@ -41,6 +41,12 @@ def test_a_blend_of_tiny_uses_every_source_and_none_for_more_than_a_fifth(name: 
     assert 0 < min(weights.values()) <= max(weights.values()) <= 20
 
 
+def test_the_extension_of_tiny_is_four_fifths_of_its_last_phase_and_long_documents() -> None:
+    (derived,) = load_corpus_file("pypi").derived
+    expected = {source: 0.8 * weight for source, weight in blend("tiny_p3").items()} | {derived.name: 20}
+    assert blend("tiny_lc") == pytest.approx(expected)
+
+
 def test_the_phases_go_from_diversity_to_quality() -> None:
     category = {source.name: source.category for source in load_corpus_file("pypi").sources}
 
@@ -88,6 +94,19 @@ def having(value: Any, *path: str) -> Change:
         (having(1.0, "packages", "prose", "version"), "version must be text"),
         (having("x", "sources", "notes", "colour"), "unknown key colour"),
         (having("other", "sources", "notes", "package"), "other"),
+        (having("x", "derived", "long", "colour"), "derived source long: unknown key colour"),
+        (without("derived", "long", "parents"), "key parents is missing"),
+        (having([], "derived", "long", "parents"), "parents must be a list"),
+        (having("notes", "derived", "long", "parents"), "parents must be a list"),
+        (having(["notes", "notes"], "derived", "long", "parents"), "parents must be a list of different"),
+        (having(["other"], "derived", "long", "parents"), "its parent other is not listed"),
+        (having({"parents": ["talk"]}, "derived", "notes"), "a source has the same name"),
+        (having("2k", "derived", "long", "min_tokens"), "whole numbers"),
+        (having(True, "derived", "long", "seed"), "whole numbers"),
+        (having(0, "derived", "long", "chunk_tokens"), "from 1 to min_tokens"),
+        (having(2000, "derived", "long", "chunk_tokens"), "from 1 to min_tokens"),
+        (having(0, "derived", "long", "share_of_chunks"), "share_of_chunks"),
+        (having(3, "derived"), "see data_blend/corpora/pypi.yaml"),
     ],
 )
 def test_a_wrong_file_is_refused_in_one_line(tmp_path: Path, change: Change, words: str) -> None:
@@ -100,6 +119,24 @@ def test_a_wrong_file_is_refused_in_one_line(tmp_path: Path, change: Change, wor
     assert words in str(caught.value)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_the_papers_values_are_the_defaults(tmp_path: Path) -> None:
+    content = corpus_content("0" * 64) | {"derived": {"long": {"parents": ["talk", "notes"]}}}
+    (tmp_path / "c.yaml").write_text(json.dumps(content))
+    corpus = load_corpus_file(str(tmp_path / "c.yaml"))
+    (source,) = corpus.derived
+    # arXiv 2508.14444, section 2.6.
+    assert (source.min_tokens, source.chunk_tokens, source.share_of_chunks) == (32_768, 1024, 0.1)
+    assert corpus.licence(source) == "as its parents: talk (made by a test); notes (made by a test)"
+
+
+def test_a_corpus_without_derived_sources_keeps_its_hash(tmp_path: Path) -> None:
+    content = corpus_content("0" * 64)
+    del content["derived"]
+    (tmp_path / "c.yaml").write_text(json.dumps(content))
+    # The hash before there were derived sources: another one would have every such corpus prepared again.
+    assert load_corpus_file(str(tmp_path / "c.yaml")).sha256.startswith("543037d35ad29e5f2053af058a02e4bb")
 
 
 @pytest.mark.parametrize("text", ["[", "- a\n- b\n", "\x00"])

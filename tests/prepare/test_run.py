@@ -64,14 +64,14 @@ def test_the_shards_decode_to_the_documents(prepared: Path) -> None:
     assert len(kept) == corpus.train["notes"].documents + corpus.heldout["notes"].documents == 121
     assert set(kept) < set(notes)
     assert sum("</s> is written here, and <s> too." in text for text in kept) == 1
-    assert corpus.categories == {"notes": "code", "talk": "general_sft"}
+    assert corpus.categories == {"long": "long_document_qa", "notes": "code", "talk": "general_sft"}
     talk = documents(corpus, corpus.train["talk"])
     assert all(text.startswith("User: ") and "\nAssistant: " in text for text in talk)
 
 
 def test_the_splits_share_no_document_and_bytes_are_those_of_the_text(prepared: Path) -> None:
     corpus = open_corpus(prepared / "prepared")
-    for name in ("notes", "talk"):
+    for name in ("long", "notes", "talk"):
         train, heldout = (documents(corpus, split[name]) for split in (corpus.train, corpus.heldout))
         assert train
         assert heldout

@@ -72,5 +72,7 @@ def test_no_source_is_read_more_than_twice(tiny: Recipe) -> None:
     corpus = open_corpus(Path(tiny.data.path))
     stage = tiny.stages["pretrain"]
     for name, stream in corpus.train.items():
-        weights = [(phase.share or 0, phase.blend[name] / sum(phase.blend.values())) for phase in stage.phases.values()]
+        weights = [
+            (phase.share or 0, phase.blend.get(name, 0) / sum(phase.blend.values())) for phase in stage.phases.values()
+        ]
         assert sum(share * weight for share, weight in weights) * stage.tokens <= 2 * stream.tokens, name

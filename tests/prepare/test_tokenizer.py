@@ -77,15 +77,16 @@ def test_the_training_text_is_spread_over_the_sources() -> None:
 def test_shards_are_closed_at_their_size(tokenizer: Tokenizer, tmp_path: Path) -> None:
     documents = [Document.of(prose(random.Random(number), 20)) for number in range(700)]
     sizes: list[int] = []
-    pairs = write_shards(tokenizer, documents, tmp_path / "s", done=sizes.append, shard_tokens=5_000)
-    assert [pair.name for pair in pairs] == ["s-00000", "s-00001", "s-00002"]
+    written = write_shards(tokenizer, documents, tmp_path / "s", done=sizes.append, shard_tokens=5_000)
+    assert [pair.name for pair in written.pairs] == ["s-00000", "s-00001", "s-00002"]
+    assert written.lengths == [len(tokenizer.encode(document.text).ids) + 1 for document in documents]
     assert sum(sizes) == sum(document.bytes for document in documents)
-    stream = TokenStream("s", [TokenShard(tmp_path / pair.name) for pair in pairs], sum(sizes))
+    stream = TokenStream("s", [TokenShard(tmp_path / pair.name) for pair in written.pairs], sum(sizes))
     assert stream.documents == 700
     texts = tokenizer.decode(stream.read(0, stream.tokens).tolist(), skip_special_tokens=False).split("</s>")
     assert texts == [document.text for document in documents] + [""]
 
 
 def test_a_split_without_documents_is_an_empty_shard(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    (pair,) = write_shards(tokenizer, [], tmp_path / "s", done=lambda _: None)
+    (pair,) = write_shards(tokenizer, [], tmp_path / "s", done=lambda _: None).pairs
     assert (pair.documents, TokenShard(tmp_path / "s-00000").tokens) == (0, 0)
