@@ -1,7 +1,8 @@
 """The curriculum of a run: stages, phases and blends, and the address of every sample, as functions of consumed tokens.
 
 Samples of a stage are numbered from 0; step s of the stage takes the samples from s * global_batch_size on. Nothing
-here depends on the layout, the micro-batch or where a run was interrupted.
+here depends on the layout, the micro-batch or where a run was interrupted, and nothing that was read on how long its
+phase, or the first stage, is.
 """
 
 from __future__ import annotations
@@ -10,12 +11,17 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 
-from nano_pretrain.data.order import KeyedPermutation, QuotaBlend, order_key
+from nano_pretrain.data.blend import LARGEST_WINDOW, PhaseBlend, Weights, ramped, steady, widened_window
 from nano_pretrain.data.phases import phase_lengths, phase_weights, require_positive
+from nano_pretrain.data.ranges import Need, SourceRanges, SourceSize
 from nano_pretrain.recipe.errors import RecipeError
 from nano_pretrain.recipe.schema import Recipe, StageConfig
 from nano_pretrain.schedule.clock import TokenClock
+
+Consumed = Mapping[str, Mapping[str, Mapping[str, int]]]
+"""Stage -> phase -> source -> tokens."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +34,9 @@ class SampleAddress:
         stage: name of the stage.
         phase: name of the phase.
         source: name of the source.
-        epoch: how often the stage had read the whole source before.
-        index: number of the sample in the source, from 0.
-        start: its first token.
+        epoch: how often the stage had read the whole of its range of the source before.
+        index: number of the sample in that range, from 0.
+        start: its first token in the source's stream.
     """
 
     stage: str
@@ -49,13 +55,24 @@ class PhasePlan:
         name: name of the phase.
         start_tokens: tokens the run has consumed before it.
         end_tokens: tokens the run has consumed after it.
+        first_sample: samples of the stage before it.
+        samples: its samples.
         blend: which source each of its samples comes from.
+        given: samples of each source in the stage's phases before it.
     """
 
     name: str
     start_tokens: int
     end_tokens: int
-    blend: QuotaBlend
+    first_sample: int
+    samples: int
+    blend: PhaseBlend
+    given: Mapping[str, int]
+
+    def given_after(self, samples: int) -> dict[str, int]:
+        """Samples of each source in the stage after the first `samples` samples of the phase."""
+        counts = self.blend.counts(samples)
+        return {name: self.given.get(name, 0) + counts.get(name, 0) for name in {**self.given, **counts}}
 
 
 @dataclass(frozen=True)
@@ -97,19 +114,33 @@ class StagePlan:
         """Samples of the stage in its first `tokens - start_tokens` tokens."""
         return (tokens - self.start_tokens) // self.sequence_length
 
+    @cached_property
+    def reads(self) -> dict[str, int]:
+        """Samples of each source over the whole stage."""
+        last = self.phases[-1]
+        return last.given_after(last.samples)
+
+    def sample_of(self, source: str, number: int) -> int:
+        """The sample of the stage that is sample `number` of a source of which it reads more than that."""
+        phase = next(phase for phase in reversed(self.phases) if phase.given.get(source, 0) <= number)
+        return phase.first_sample + phase.blend.position_of(source, number - phase.given.get(source, 0))
+
 
 class Curriculum:
     """What a recipe reads, and when.
 
-    Within a stage the k-th sample of a source, counted across its phases, is read in epoch k // n at the place that a
-    permutation of range(n) gives to k % n, with n the samples of the source: none comes twice before all came once.
+    Each stage has a range of each source, see `divide`. Within a stage the k-th sample of a source, counted across its
+    phases, is read in epoch k // n at the place that `StageRange` gives to k % n, with n the samples of the range:
+    none comes twice before all came once.
 
     Args:
         recipe: stages with blends as mappings source -> weight; seed, window and limit of epochs in its data section.
-        source_tokens: training tokens of each source there is.
+        sizes: of each source there is.
 
     Attributes:
+        recipe, sizes: see above.
         stages: the stages, in order.
+        sources: what the stages read of each source of a blend.
         total_steps: steps of the run.
         total_tokens: tokens of the run, whole steps.
 
@@ -121,12 +152,12 @@ class Curriculum:
     total_steps: int
     total_tokens: int
 
-    def __init__(self, recipe: Recipe, source_tokens: Mapping[str, int]) -> None:
-        self._recipe = recipe
-        self._source_tokens = source_tokens
+    def __init__(self, recipe: Recipe, sizes: Mapping[str, SourceSize]) -> None:
+        self.recipe = recipe
+        self.sizes = sizes
         if not recipe.stages:
             raise RecipeError("stages", "is empty", "name at least one stage")
-        require_positive("data.quota_window", recipe.data.quota_window)
+        _check_window(recipe.data.quota_window)
         stages: list[StagePlan] = []
         for name in recipe.stages:
             stages.append(self._plan_stage(name, stages[-1] if stages else None))
@@ -135,6 +166,7 @@ class Curriculum:
         self.total_tokens = stages[-1].end_tokens
         self._by_name = {stage.name: stage for stage in stages}
         self._starts = [stage.start_tokens for stage in stages]
+        self.sources = {name: self._ranges(name) for name in dict.fromkeys(n for stage in stages for n in stage.reads)}
         self._check_epochs()
 
     def stage_at(self, tokens: int) -> StagePlan:
@@ -153,7 +185,7 @@ class Curriculum:
         Raises:
             ValueError: the run has no such step.
         """
-        return _phase_of(self.stage_at(tokens), tokens).name
+        return next(phase.name for phase in self.stage_at(tokens).phases if tokens < phase.end_tokens)
 
     def samples(self, tokens: int, offsets: Sequence[int]) -> list[SampleAddress]:
         """Addresses of samples of the step that starts after `tokens` consumed tokens.
@@ -178,24 +210,21 @@ class Curriculum:
             KeyError: there is no such stage.
             ValueError: the stage has no such sample.
         """
-        plan = self._by_name[stage]
-        tokens = plan.start_tokens + sample * plan.sequence_length
-        if not plan.start_tokens <= tokens < plan.end_tokens:
+        phases = self._by_name[stage].phases
+        if not 0 <= sample < phases[-1].first_sample + phases[-1].samples:
             raise ValueError(f"stage {stage} has no sample {sample}")
-        phase = _phase_of(plan, tokens)
-        source, number = phase.blend.locate(sample - plan.samples_before(phase.start_tokens))
-        number += sum(earlier.blend.totals.get(source, 0) for earlier in plan.phases[: plan.phases.index(phase)])
-        epoch, slot = divmod(number, self.samples_per_epoch(stage, source))
-        index = self._permutation(stage, source, epoch)(slot)
-        return SampleAddress(stage, phase.name, source, epoch, index, index * plan.sequence_length)
+        phase = next(phase for phase in reversed(phases) if phase.first_sample <= sample)
+        source, number = phase.blend.locate(sample - phase.first_sample)
+        place = self.sources[source].by_stage[stage].place(phase.given.get(source, 0) + number)
+        return SampleAddress(stage, phase.name, source, *place)
 
     def samples_per_epoch(self, stage: str, source: str) -> int:
         """Samples that a stage can read of a source before it has to begin again.
 
         Raises:
-            KeyError: there is no such stage or source.
+            KeyError: there is no such stage, or it does not read the source.
         """
-        return _whole_samples(self._source_tokens[source], self._by_name[stage].sequence_length)
+        return self.sources[source].by_stage[stage].samples
 
     def consumed(self, tokens: int) -> dict[str, dict[str, dict[str, int]]]:
         """Tokens of each source in each phase of each stage that has begun, after `tokens` consumed tokens.
@@ -208,23 +237,22 @@ class Curriculum:
         begun = [stage for stage in self.stages if stage.start_tokens < tokens]
         return {stage.name: _consumed_in_stage(stage, tokens) for stage in begun}
 
-    def epochs(self, consumed: Mapping[str, Mapping[str, Mapping[str, int]]]) -> dict[str, Fraction]:
-        """How often each source was read, summed over the stages of what `consumed` returned."""
-        epochs: dict[str, Fraction] = {}
-        for stage, phases in consumed.items():
-            length = self._by_name[stage].sequence_length
-            for sources in phases.values():
-                for source, tokens in sources.items():
-                    share = Fraction(tokens, length * self.samples_per_epoch(stage, source))
-                    epochs[source] = epochs.get(source, Fraction(0)) + share
-        return epochs
+    def epochs(self, consumed: Consumed) -> dict[str, Fraction]:
+        """How often each source was read, of what `consumed` returned: the mean over the ranges of all stages."""
+        return {source: self.sources[source].epochs(read) for source, read in by_source(consumed).items()}
 
-    def _permutation(self, stage: str, source: str, epoch: int) -> KeyedPermutation:
-        key = order_key(self._recipe.data.seed, "source", stage, source, epoch)
-        return KeyedPermutation(self.samples_per_epoch(stage, source), key)
+    def reordered(self, generations: Mapping[str, Sequence[int]], tokens: int) -> list[str]:
+        """Sources of which other samples would have been read, had they had the shards that they have now.
+
+        Args:
+            generations: tokens of each generation of the sources, as they were when the run read them.
+            tokens: tokens the run has consumed.
+        """
+        read = by_source(self.consumed(tokens))
+        return [source for source in read if not self.sources[source].keeps(tuple(generations[source]), read[source])]
 
     def _plan_stage(self, name: str, previous: StagePlan | None) -> StagePlan:
-        config = self._recipe.stages[name]
+        config = self.recipe.stages[name]
         for item in ("tokens", "sequence_length", "global_batch_size"):
             require_positive(f"stages.{name}.{item}", getattr(config, item))
         tokens_per_step = config.global_batch_size * config.sequence_length
@@ -244,8 +272,9 @@ class Curriculum:
         )
 
     def _plan_phases(self, stage: str, config: StageConfig, clock: TokenClock) -> tuple[PhasePlan, ...]:
-        phases = []
+        phases: list[PhasePlan] = []
         boundary = Fraction(0)
+        before: Weights | None = None
         for name, length in phase_lengths(f"stages.{stage}", config).items():
             first, boundary = clock.first_step_from(boundary), boundary + length
             end = clock.first_step_from(boundary)
@@ -253,42 +282,83 @@ class Curriculum:
             if first == end:
                 problem = f"no step of {clock.tokens_per_step} tokens begins in its {float(length):.0f} tokens"
                 raise RecipeError(field, problem, "make it longer or leave it out")
-            blend = self._blend(field, stage, name, (end - first) * config.global_batch_size)
+            weights = phase_weights(f"{field}.blend", config.phases[name].blend, self.sizes)
             start_tokens, end_tokens = (clock.start_tokens + step * clock.tokens_per_step for step in (first, end))
-            phases.append(PhasePlan(name, start_tokens, end_tokens, blend))
+            first_sample, samples = first * config.global_batch_size, (end - first) * config.global_batch_size
+            blend = self._blend(stage, name, before, weights)
+            given = phases[-1].given_after(phases[-1].samples) if phases else {}
+            phases.append(PhasePlan(name, start_tokens, end_tokens, first_sample, samples, blend, given))
+            before = weights
         return tuple(phases)
 
-    def _blend(self, field: str, stage: str, phase: str, samples: int) -> QuotaBlend:
-        data, config = self._recipe.data, self._recipe.stages[stage]
-        weights = phase_weights(f"{field}.blend", config.phases[phase].blend, self._source_tokens)
-        blend = QuotaBlend(weights, samples, data.quota_window, (data.seed, "window", stage, phase))
-        for source in blend.sources:
-            tokens = self._source_tokens[source]
-            if not _whole_samples(tokens, config.sequence_length):
-                problem = f"the source has {tokens} tokens, and one sample is {config.sequence_length + 1}"
-                fix = f"set its weight to 0, prepare more of it, or lower stages.{stage}.sequence_length"
-                raise RecipeError(f"{field}.blend.{source}", problem, fix)
+    def _blend(self, stage: str, phase: str, before: Weights | None, weights: Weights) -> PhaseBlend:
+        data, config = self.recipe.data, self.recipe.stages[stage]
+        field, key = f"stages.{stage}.phases.{phase}", (data.seed, "window", stage, phase)
+        _check_weights(f"{field}.blend", weights, data.quota_window)
+        ramp = config.phases[phase].ramp_tokens
+        if before is None or not ramp:
+            return steady(weights, data.quota_window, key)
+        blend = ramped(before, weights, ramp // config.sequence_length, data.quota_window, key)
+        if blend is None:
+            problem = f"{ramp} tokens are less than a window in which each source has a sample"
+            raise RecipeError(f"{field}.ramp_tokens", problem, "write more, or 0, or lower data.quota_window")
         return blend
 
+    def _ranges(self, source: str) -> SourceRanges:
+        first, *later = self.stages
+        # At least one sample, so that every source of a blend can be read.
+        reads = {stage.name: max(stage.reads[source], 1) for stage in self.stages if source in stage.reads}
+        needs = [Need(stage.name, stage.sequence_length, reads[stage.name]) for stage in later if stage.name in reads]
+        start = Need(first.name, first.sequence_length, reads.get(first.name, 0))
+        ranges = SourceRanges(self.sizes[source], start, needs, (self.recipe.data.seed, "source", source))
+        for stage, part in ranges.by_stage.items():
+            if not part.samples:
+                self._refuse(self._by_name[stage], source)
+        return ranges
+
+    def _refuse(self, stage: StagePlan, source: str) -> None:
+        phase = next(phase for phase in stage.phases if source in phase.blend.sources)
+        tokens, length = self.sizes[source].tokens, stage.sequence_length
+        problem = f"the source has {tokens} tokens, and one sample is {length + 1}"
+        fix = f"set its weight to 0, prepare more of it, or lower stages.{stage.name}.sequence_length"
+        raise RecipeError(f"stages.{stage.name}.phases.{phase.name}.blend.{source}", problem, fix)
+
     def _check_epochs(self) -> None:
-        limit = self._recipe.data.max_epochs
-        epochs = self.epochs(self.consumed(self.total_tokens))
-        source = max(epochs, key=lambda name: epochs[name])
-        if epochs[source] > limit:
-            times = float(epochs[source])
+        limit = self.recipe.data.max_epochs
+        read = by_source(self.consumed(self.total_tokens))
+        readings = {source: self.sources[source].readings(tokens) for source, tokens in read.items()}
+        source = max(readings, key=lambda name: readings[name])
+        if readings[source] > limit:
+            times = float(readings[source])
             fix = "lower its weight, prepare more of it, or raise the limit"
             raise RecipeError(
                 "data.max_epochs", f"source {source} is read {times:.2f} times, the limit is {limit}", fix
             )
 
 
-def _whole_samples(tokens: int, sequence_length: int) -> int:
-    """Samples of sequence_length + 1 tokens, each sharing its last token with the next one's first."""
-    return max(0, tokens - 1) // sequence_length
+def _check_window(window: int) -> None:
+    require_positive("data.quota_window", window)
+    if window > LARGEST_WINDOW:
+        raise RecipeError("data.quota_window", f"{window} is too large", f"write at most {LARGEST_WINDOW}")
 
 
-def _phase_of(stage: StagePlan, tokens: int) -> PhasePlan:
-    return next(phase for phase in stage.phases if tokens < phase.end_tokens)
+def _check_weights(field: str, weights: Weights, window: int) -> None:
+    wide = widened_window(weights, window)
+    if wide > LARGEST_WINDOW:
+        least = min((name for name, weight in weights.items() if weight), key=lambda name: weights[name])
+        problem = f"takes windows of {wide} samples to have one in each, and {LARGEST_WINDOW} is the limit"
+        raise RecipeError(f"{field}.{least}", problem, "write 0 or a larger weight")
+
+
+def by_source(consumed: Consumed) -> dict[str, dict[str, int]]:
+    """Tokens that each stage has read of each source: source -> stage -> tokens."""
+    read: dict[str, dict[str, int]] = {}
+    for stage, phases in consumed.items():
+        for sources in phases.values():
+            for source, tokens in sources.items():
+                stages = read.setdefault(source, {})
+                stages[stage] = stages.get(stage, 0) + tokens
+    return read
 
 
 def _consumed_in_stage(stage: StagePlan, tokens: int) -> dict[str, dict[str, int]]:
@@ -296,7 +366,6 @@ def _consumed_in_stage(stage: StagePlan, tokens: int) -> dict[str, dict[str, int
     consumed = {}
     for phase in stage.phases:
         if phase.start_tokens < tokens:
-            position = (min(tokens, phase.end_tokens) - phase.start_tokens) // stage.sequence_length
-            counts = phase.blend.counts(position)
+            counts = phase.blend.counts(stage.samples_before(min(tokens, phase.end_tokens)) - phase.first_sample)
             consumed[phase.name] = {source: count * stage.sequence_length for source, count in counts.items()}
     return consumed

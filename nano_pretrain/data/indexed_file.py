@@ -8,6 +8,7 @@ one more byte per sequence at its end.
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import struct
 from dataclasses import dataclass
@@ -33,9 +34,10 @@ UINT16_VOCABULARY = 65_500
 
 @dataclass(frozen=True)
 class Index:
-    """What the `.idx` says about its `.bin`."""
+    """What the `.idx` says about its `.bin`; a document is one or more sequences."""
 
     dtype: np.dtype[Any]
+    sequences: int
     documents: int
     tokens: int
 
@@ -74,7 +76,25 @@ def read_index(prefix: Path) -> Index:
         raise UserError(f"{error.filename}: {error.strerror}; {REPAIR}") from error
     if bin_size != end:
         raise UserError(f"{bin_path(prefix)}: {bin_size} bytes, its index says {end}: truncated or damaged; {REPAIR}")
-    return Index(dtype, max(bounds - 1, 0), end // dtype.itemsize)
+    return Index(dtype, sequences, max(bounds - 1, 0), end // dtype.itemsize)
+
+
+def document_start(prefix: Path, index: Index, token: int) -> int:
+    """First token of the document that holds `token`, found in the `.idx` without reading it whole.
+
+    Args:
+        prefix: path of the pair without its suffixes.
+        index: what `read_index` says of it.
+        token: a token of the pair.
+    """
+    skipped, count = HEADER.size + 4 * index.sequences, index.sequences + index.documents
+    words = np.memmap(idx_path(prefix), "<i8", mode="r", offset=skipped, shape=(count,))
+    offsets, bounds = words[: index.sequences], words[index.sequences :]
+
+    def start(document: int) -> int:
+        return int(offsets[bounds[document]]) // index.dtype.itemsize
+
+    return start(bisect.bisect_right(range(index.documents), token, key=start) - 1)
 
 
 REPAIR = "remove the corpus directory and run `nano-pretrain prepare` again"

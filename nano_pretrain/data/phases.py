@@ -36,7 +36,8 @@ def phase_lengths(field: str, stage: StageConfig) -> dict[str, Fraction]:
         stage: its phases give a share or tokens each; both ways may be mixed.
 
     Raises:
-        RecipeError: there are no phases, one has both or neither, or they do not add up.
+        RecipeError: there are no phases, one has both or neither, they do not add up, or a ramp is longer than its
+            phase or has no phase before it.
     """
     if not stage.phases:
         raise RecipeError(f"{field}.phases", "is empty", "name at least one phase")
@@ -46,7 +47,10 @@ def phase_lengths(field: str, stage: StageConfig) -> dict[str, Fraction]:
     total = sum(lengths.values(), Fraction(0))
     if abs(total - stage.tokens) > _ROUNDING * stage.tokens:
         raise RecipeError(f"{field}.phases", *_sum_problem(stage, total))
-    return {name: length * stage.tokens / total for name, length in lengths.items()}
+    lengths = {name: length * stage.tokens / total for name, length in lengths.items()}
+    for number, (name, length) in enumerate(lengths.items()):
+        _check_ramp(f"{field}.phases.{name}.ramp_tokens", stage.phases[name].ramp_tokens, length, first=number == 0)
+    return lengths
 
 
 def _phase_length(field: str, phase: PhaseConfig, stage_tokens: int) -> Fraction:
@@ -60,6 +64,15 @@ def _phase_length(field: str, phase: PhaseConfig, stage_tokens: int) -> Fraction
     if share is None or not (math.isfinite(share) and 0 < share <= 1):
         raise RecipeError(f"{field}.share", f"is {share}", "write a fraction above 0 and up to 1")
     return exact(share) * stage_tokens
+
+
+def _check_ramp(field: str, ramp: int, length: Fraction, *, first: bool) -> None:
+    if ramp < 0:
+        raise RecipeError(field, f"is {ramp}", "write 0 or more")
+    if ramp and first:
+        raise RecipeError(field, f"is {ramp}, and the stage has no phase before", "write 0")
+    if ramp > length:
+        raise RecipeError(field, f"{ramp} is more than the phase's {float(length):.0f} tokens", "write less, or 0")
 
 
 def _sum_problem(stage: StageConfig, total: Fraction) -> tuple[str, str]:

@@ -6,6 +6,7 @@ import bisect
 import hashlib
 import itertools
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nano_pretrain.data.indexed_file import bin_path, read_index
+from nano_pretrain.data.indexed_file import bin_path, document_start, read_index
+from nano_pretrain.data.ranges import SourceSize
 from nano_pretrain.recipe.errors import UserError
 
 MANIFEST_NAME = "manifest.json"
@@ -30,6 +32,7 @@ class TokenShard:
         prefix: path of the pair without its suffixes.
 
     Attributes:
+        name: last part of `prefix`.
         tokens: number of tokens, end-of-document tokens included.
         documents: number of documents.
 
@@ -39,17 +42,19 @@ class TokenShard:
 
     def __init__(self, prefix: Path) -> None:
         index = read_index(prefix)
+        self.name = prefix.name
         self.tokens = index.tokens
         self.documents = index.documents
+        self._prefix = prefix
         self._path = bin_path(prefix)
-        self._dtype = index.dtype
+        self._index = index
 
     @cached_property
     def _memory(self) -> npt.NDArray[Any]:
         # Mapped at the first read: a run opens hundreds of shards and may need few of them.
         if self.tokens == 0:
-            return np.empty(0, self._dtype)
-        return np.memmap(self._path, self._dtype, mode="r", shape=(self.tokens,))
+            return np.empty(0, self._index.dtype)
+        return np.memmap(self._path, self._index.dtype, mode="r", shape=(self.tokens,))
 
     def read(self, start: int, length: int) -> npt.NDArray[np.int64]:
         """Copy of the tokens [start, start + length) of the shard.
@@ -60,6 +65,10 @@ class TokenShard:
         _check_range(start, length, self.tokens, str(self._path))
         return self._memory[start : start + length].astype(np.int64)
 
+    def document_start(self, token: int) -> int:
+        """First token of the document that holds `token`."""
+        return document_start(self._prefix, self._index, token)
+
 
 class TokenStream:
     """The shards of one source and split, read as one stream.
@@ -68,19 +77,37 @@ class TokenStream:
         name: name of the source.
         shards: the shards in their order.
         text_bytes: UTF-8 bytes of the documents' text, without end-of-document tokens.
+        generations: generation of each shard, ascending from 0 without gaps; None if all are of the first.
 
     Attributes:
         name, tokens, documents: of the whole stream.
         bytes: UTF-8 bytes of its text.
+        size: tokens of each generation, and where documents begin.
     """
 
-    def __init__(self, name: str, shards: Sequence[TokenShard], text_bytes: int) -> None:
+    def __init__(
+        self, name: str, shards: Sequence[TokenShard], text_bytes: int, generations: Sequence[int] | None = None
+    ) -> None:
         self.name = name
         self.bytes = text_bytes
         self.documents = sum(shard.documents for shard in shards)
         self._shards = tuple(shards)
         self._ends = list(itertools.accumulate(shard.tokens for shard in shards))
         self.tokens = self._ends[-1] if self._ends else 0
+        tokens = Counter({0: 0})
+        for shard, generation in zip(shards, generations or [0] * len(shards), strict=True):
+            tokens[generation] += shard.tokens
+        self.size = SourceSize(tuple(tokens.values()), self._document_start)
+
+    def locate(self, token: int) -> tuple[str, int]:
+        """Name of the shard that holds `token`, and the token's number in it.
+
+        Raises:
+            ValueError: the stream has no such token.
+        """
+        _check_range(token, 1, self.tokens, f"source {self.name}")
+        shard, offset = self._shard_at(token)
+        return shard.name, offset
 
     def read(self, start: int, length: int) -> npt.NDArray[np.int64]:
         """Copy of the tokens [start, start + length) of the stream; may cross shards.
@@ -100,6 +127,15 @@ class TokenStream:
             filled += count
             number += 1
         return out
+
+    def _shard_at(self, token: int) -> tuple[TokenShard, int]:
+        number = bisect.bisect_right(self._ends, token)
+        shard = self._shards[number]
+        return shard, token - (self._ends[number] - shard.tokens)
+
+    def _document_start(self, token: int) -> int:
+        shard, offset = self._shard_at(token)
+        return token - offset + shard.document_start(offset)
 
 
 def _check_range(start: int, length: int, tokens: int, what: str) -> None:
@@ -129,6 +165,11 @@ class Corpus:
     train: Mapping[str, TokenStream]
     heldout: Mapping[str, TokenStream]
     categories: Mapping[str, str]
+
+    @property
+    def sizes(self) -> dict[str, SourceSize]:
+        """What the data order has to know of each source."""
+        return {name: stream.size for name, stream in self.train.items()}
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -196,7 +237,18 @@ def _open_streams(path: Path, sources: Mapping[str, Any], split: str) -> dict[st
 
 def _open_stream(directory: Path, name: str, entry: Mapping[str, Any]) -> TokenStream:
     shards = [_open_shard(directory / shard["name"], shard["tokens"]) for shard in entry["shards"]]
-    return TokenStream(name, shards, entry["bytes"])
+    generations = [_integer(shard.get("generation", 0)) for shard in entry["shards"]]
+    _check_generations(directory.parent / MANIFEST_NAME, [shard.name for shard in shards], generations)
+    return TokenStream(name, shards, entry["bytes"], generations)
+
+
+def _check_generations(manifest: Path, shards: Sequence[str], generations: Sequence[int]) -> None:
+    allowed: tuple[int, ...] = (0,)
+    for shard, generation in zip(shards, generations, strict=True):
+        if generation not in allowed:
+            due = " or ".join(map(str, allowed))
+            raise UserError(f"{manifest}: shard {shard} has generation {generation}; write {due}, they ascend from 0")
+        allowed = (generation, generation + 1)
 
 
 def _open_shard(prefix: Path, tokens: int) -> TokenShard:

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nano_pretrain.data.curriculum import Curriculum
+from nano_pretrain.data.ranges import SourceSize
+from nano_pretrain.data.repeats import Repetition, repetitions
 from nano_pretrain.data.shards import MANIFEST_NAME, open_corpus
 from nano_pretrain.recipe.schema import Recipe
 
-ENDLESS = 10**30
-"""Tokens of a source whose size is not known: more than any run reads, so that it is never read twice."""
+ENDLESS = SourceSize((10**30,))
+"""A source whose size is not known: more tokens than any run reads, so that none is read twice."""
 
 
 @dataclass(frozen=True)
@@ -21,11 +23,13 @@ class SourceUse:
         tokens: read over all stages.
         available: training tokens it has; None if the corpus is not prepared.
         epochs: how often it is read; None if the corpus is not prepared.
+        repeats: what is read more than once; None if nothing is, or the corpus is not prepared.
     """
 
     tokens: int
     available: int | None
     epochs: float | None
+    repeats: Repetition | None
 
 
 @dataclass(frozen=True)
@@ -50,27 +54,26 @@ def plan_data(recipe: Recipe) -> DataPlan:
         RecipeError: as `Curriculum`, in the words of `train`.
         UserError: the corpus is damaged.
     """
-    available = _available(recipe)
-    curriculum = Curriculum(recipe, available or dict.fromkeys(_named_sources(recipe), ENDLESS))
+    sizes = _sizes(recipe)
+    curriculum = Curriculum(recipe, sizes or dict.fromkeys(_named_sources(recipe), ENDLESS))
     tokens = curriculum.consumed(curriculum.total_tokens)
-    epochs = curriculum.epochs(tokens)
+    epochs, repeats = curriculum.epochs(tokens), repetitions(curriculum)
     sources = {
         name: SourceUse(
             tokens=sum(phase.get(name, 0) for stage in tokens.values() for phase in stage.values()),
-            available=available[name] if available else None,
-            epochs=float(epochs[name]) if available else None,
+            available=sizes[name].tokens if sizes else None,
+            epochs=float(epochs[name]) if sizes else None,
+            repeats=repeats.get(name),
         )
         for name in epochs
     }
     return DataPlan(curriculum, tokens, sources)
 
 
-def _available(recipe: Recipe) -> dict[str, int] | None:
+def _sizes(recipe: Recipe) -> dict[str, SourceSize] | None:
     """Training tokens of each source; None if nothing is prepared at `data.path`."""
     path = Path(recipe.data.path)
-    if not (path / MANIFEST_NAME).exists():
-        return None
-    return {name: stream.tokens for name, stream in open_corpus(path).train.items()}
+    return open_corpus(path).sizes if (path / MANIFEST_NAME).exists() else None
 
 
 def _named_sources(recipe: Recipe) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,7 @@ def plan_figure(data: DataPlan) -> Figure:
             ax.tick_params(labelsize=8, colors=INK, left=column == 0)
             ax.spines[["top", "right"]].set_visible(False)
         _learning_rate(upper, stage, max(stage.config.schedule.lr for stage in stages))
-        _blend(lower, stage, data.tokens[stage.name], look)
+        _blend(lower, stage, look)
         _name_phases(upper, stage, several=len(stages) > 1)
         _token_axis(lower, stage, wide=widths[column] > 0.5)
     grid[0][0].set_ylabel("learning rate", color=INK)
@@ -81,15 +82,18 @@ def _turns(schedule: ScheduleConfig, length: int) -> list[int]:
     return sorted({*warmup, *decay, length} - {0})
 
 
-def _blend(ax: Axes, stage: StagePlan, tokens: dict[str, dict[str, int]], look: dict[str, Look]) -> None:
+def _blend(ax: Axes, stage: StagePlan, look: dict[str, Look]) -> None:
+    """A bar for each phase, and one for each plateau of a ramp."""
     for phase in stage.phases:
-        sources, low = tokens[phase.name], 0.0
-        left, right = _span(stage, phase)
-        for name, style in look.items():
-            share = 100 * sources.get(name, 0) / (right - left)
-            area = ax.bar(left, share, right - left, low, align="edge", color=style.colour, hatch=style.hatch)
-            area[0].set(edgecolor="white", linewidth=0.7)
-            low += share
+        borders = [*(start for start, _ in phase.blend.parts if start < phase.samples), phase.samples]
+        for start, end in pairwise(borders):
+            before, after = phase.blend.counts(start), phase.blend.counts(end)
+            left, width, low = (phase.first_sample + start) * stage.sequence_length, end - start, 0.0
+            for name, style in look.items():
+                share = 100 * (after.get(name, 0) - before.get(name, 0)) / width
+                area = ax.bar(left, share, width * stage.sequence_length, low, align="edge", color=style.colour)
+                area[0].set(hatch=style.hatch, edgecolor="white", linewidth=0.7)
+                low += share
     ax.set_ylim(0, 100)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, astuple
 
 from rich import box
@@ -79,7 +79,7 @@ def show_plan(console: Console, plan: Plan, figure: str) -> None:
         for table in (_parameters(plan, abreast), _flops(abreast), _stages(plan, abreast)):
             console.print(table)
     deep = [report for report in stages if report.layout.pipeline > 1]
-    for table in (*map(_positions, deep), _cost(stages), _data(plan)):
+    for table in (*map(_positions, deep), _cost(stages), _data(plan), *_repeats(plan)):
         console.print(table)
     for line in [*notes(plan), f"schedule and phases: {figure}"]:
         console.print(line)
@@ -267,3 +267,15 @@ def _data(plan: Plan) -> Table:
 
 def _counts(tokens: Iterable[int]) -> list[str]:
     return [words.count(count) if count else NOTHING for count in tokens]
+
+
+def _repeats(plan: Plan) -> Iterator[Table]:
+    """What is read more than once, if anything is."""
+    headings = ("readings of\nits most read part", "share read\nmore than once", "begins after\ntokens of the run")
+    table = new_table("Read more than once", "source", "too small for ranges of", *headings, left=2)
+    for name, use in plan.data.sources.items():
+        if again := use.repeats:
+            stages, share = ", ".join(again.shared_by) or NOTHING, decimal(100 * again.share) + " %"
+            table.add_row(name, stages, f"{again.readings:.2f}", share, words.count(again.begins))
+    if table.row_count:
+        yield table

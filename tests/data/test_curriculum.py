@@ -1,60 +1,20 @@
+"""Stages, phases and addresses of samples; what is refused."""
+
 from __future__ import annotations
 
 import math
 from collections import Counter
 from fractions import Fraction
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nano_pretrain.data.curriculum import Curriculum, SampleAddress
+from nano_pretrain.data.ranges import SourceSize
 from nano_pretrain.recipe.errors import RecipeError
-from nano_pretrain.recipe.schema import DataConfig, PhaseConfig, Recipe, StageConfig
-
-KNOWN = {"code": 4000, "math": 3000, "web": 9000}
-
-
-def stage(tokens: int, phases: dict[str, PhaseConfig], sequence_length: int = 8, batch: int = 4) -> StageConfig:
-    return StageConfig(tokens=tokens, sequence_length=sequence_length, global_batch_size=batch, phases=phases)
-
-
-def recipe(stages: dict[str, StageConfig], window: int = 10, max_epochs: float = 1e9, seed: int = 1) -> Recipe:
-    return Recipe(data=DataConfig(quota_window=window, max_epochs=max_epochs, seed=seed), stages=stages)
-
-
-def share(value: float, **blend: Any) -> PhaseConfig:
-    return PhaseConfig(share=value, blend=blend)
-
-
-def two_stages() -> Recipe:
-    pretrain = stage(3200, {"p1": share(0.6, web=3, code=1), "p2": share(0.3, web=1, code=1), "p3": share(0.1, math=1)})
-    extension = stage(600, {"long": PhaseConfig(tokens=600, blend={"math": 1, "web": 4})}, sequence_length=32, batch=2)
-    return recipe({"pretrain": pretrain, "extension": extension})
-
-
-def everything(curriculum: Curriculum) -> list[SampleAddress]:
-    addresses, tokens = [], 0
-    while tokens < curriculum.total_tokens:
-        now = curriculum.stage_at(tokens)
-        addresses += curriculum.samples(tokens, range(now.global_batch_size))
-        tokens += now.tokens_per_step
-    return addresses
-
-
-@st.composite
-def curricula(draw: st.DrawFn) -> Curriculum:
-    stages = {}
-    for name in draw(st.permutations(["alpha", "beta"]))[: draw(st.integers(1, 2))]:
-        weights = st.dictionaries(st.sampled_from(sorted(KNOWN)), st.integers(1, 50), min_size=1)
-        length, batch = draw(st.integers(1, 40)), draw(st.integers(1, 9))
-        phases = {
-            phase: PhaseConfig(tokens=draw(st.integers(length * batch, 12 * length * batch)), blend=draw(weights))
-            for phase in draw(st.sampled_from([["x"], ["x", "y"], ["z", "x", "y"]]))
-        }
-        stages[name] = stage(sum(phase.tokens or 0 for phase in phases.values()), phases, length, batch)
-    return Curriculum(recipe(stages, window=draw(st.integers(1, 64)), seed=draw(st.integers(0, 9))), KNOWN)
+from nano_pretrain.recipe.schema import PhaseConfig
+from tests.data.curricula import KNOWN, curricula, everything, recipe, share, stage, two_stages
 
 
 def test_stages_and_phases_lie_end_to_end_on_step_borders() -> None:
@@ -75,7 +35,7 @@ def test_stages_and_phases_lie_end_to_end_on_step_borders() -> None:
 def test_the_12b_changes_phase_at_12_and_18_trillion_tokens() -> None:
     phases = {"p1": share(0.6, web=1), "p2": share(0.3, web=1), "p3": share(0.1, web=1)}
     big = stage(20 * 10**12, phases, sequence_length=8192, batch=736)
-    plan = Curriculum(recipe({"pretrain": big}), {"web": 10**13}).stages[0]
+    plan = Curriculum(recipe({"pretrain": big}), {"web": SourceSize((10**13,))}).stages[0]
     starts = [phase.start_tokens for phase in plan.phases]
     for start, boundary in zip(starts, [0, 12 * 10**12, 18 * 10**12], strict=True):
         assert 0 <= start - boundary < plan.tokens_per_step
@@ -86,7 +46,7 @@ def test_shares_and_tokens_can_be_mixed() -> None:
     phases = {name: share(value, web=1) for name, value in [("p1", 0.6), ("p2", 0.2), ("p3", 0.181)]}
     phases["p4"] = PhaseConfig(tokens=380 * 10**9, blend={"web": 1})
     big = stage(20 * 10**12, phases, sequence_length=8192, batch=768)
-    plan = Curriculum(recipe({"pretrain": big}), {"web": 10**13}).stages[0]
+    plan = Curriculum(recipe({"pretrain": big}), {"web": SourceSize((10**13,))}).stages[0]
     assert 0 <= plan.phases[3].start_tokens - (20 * 10**12 - 380 * 10**9) < plan.tokens_per_step
 
 
@@ -125,30 +85,38 @@ def test_no_sample_of_a_source_comes_twice_before_all_came_once(curriculum: Curr
         read.setdefault((address.stage, address.source), []).append(address)
     for (name, source), addresses in read.items():
         size = curriculum.samples_per_epoch(name, source)
+        spans = curriculum.sources[source].by_stage[name].spans
         for epoch in range(math.ceil(len(addresses) / size)):
-            indices = {address.index for address in addresses if address.epoch == epoch}
-            assert len(indices) == min(size, len(addresses) - epoch * size)
-            assert indices <= set(range(size))
+            now = addresses[epoch * size : (epoch + 1) * size]
+            assert {address.epoch for address in now} == {epoch}
+            assert len({address.index for address in now}) == len({address.start for address in now}) == len(now)
+            assert {address.index for address in now} <= set(range(size))
+            generations = [next(n for n, (_, end) in enumerate(spans) if address.start < end) for address in now]
+            assert generations == sorted(generations)
 
 
 @given(curricula())
 @settings(deadline=None)
-def test_every_sample_lies_inside_its_source(curriculum: Curriculum) -> None:
+def test_every_sample_lies_inside_one_generation_of_its_range(curriculum: Curriculum) -> None:
     lengths = {plan.name: plan.sequence_length for plan in curriculum.stages}
     for address in everything(curriculum):
-        length = lengths[address.stage]
-        assert address.start == address.index * length
-        assert 0 <= address.start <= KNOWN[address.source] - (length + 1)
+        spans = curriculum.sources[address.source].by_stage[address.stage].spans
+        start, end = next((start, end) for start, end in spans if start <= address.start < end)
+        assert address.start + lengths[address.stage] < end <= curriculum.sizes[address.source].tokens
+        assert (address.start - start) % lengths[address.stage] == 0
 
 
 def test_epochs_follow_each_other_with_new_orders_across_phases() -> None:
     phases = {"p1": share(0.5, web=1, code=1), "p2": share(0.5, web=1)}
-    curriculum = Curriculum(recipe({"s": stage(4096, phases)}), {"web": 8 * 40 + 1, "code": 4000})
+    sizes = {"web": SourceSize((8 * 30 + 1, 8 * 10 + 7)), "code": SourceSize((4000,))}
+    curriculum = Curriculum(recipe({"s": stage(4096, phases)}), sizes)
     web = [address for address in everything(curriculum) if address.source == "web"]
-    assert len(web) == 128 + 256
+    # The first phase ends in the 26th window, after 6 of its 10 samples.
+    assert len(web) in range(125 + 256, 131 + 256)
     orders = [[address.index for address in web if address.epoch == epoch] for epoch in range(10)]
-    assert all(sorted(order) == list(range(40)) for order in orders[:9])
-    assert len(orders[9]) == 384 - 360
+    assert all(sorted(order[:30]) == list(range(30)) for order in orders[:9])
+    assert all(sorted(order[30:]) == list(range(30, 40)) for order in orders[:9])
+    assert len(orders[9]) == len(web) - 360
     assert len({tuple(order) for order in orders[:9]}) == 9
 
 
@@ -224,8 +192,8 @@ def test_the_addresses_are_the_same_for_ever() -> None:
     curriculum = Curriculum(two_stages(), KNOWN)
     first = [(address.source, address.index) for address in curriculum.samples(0, range(4))]
     last = [(address.source, address.index) for address in curriculum.samples(3776, range(2))]
-    assert first == [("web", 804), ("web", 326), ("web", 296), ("web", 922)]
-    assert last == [("web", 157), ("math", 46)]
+    assert first == [("web", 886), ("code", 73), ("web", 83), ("web", 929)]
+    assert last == [("web", 6), ("web", 1)]
 
 
 def test_weights_are_read_as_decimals() -> None:
@@ -239,12 +207,23 @@ def test_a_source_of_weight_zero_is_left_out() -> None:
     assert Curriculum(recipe({"s": stage(320, phases)}), KNOWN).consumed(320) == {"s": {"p": {"web": 320}}}
 
 
+def test_a_ramp_moves_from_one_blend_to_the_next() -> None:
+    # Four windows of 10 samples of 8 tokens, at 1, 3, 5 and 7 eighths of the way; code has the whole samples of it.
+    ramped = PhaseConfig(share=0.5, ramp_tokens=335, blend={"code": 1})
+    curriculum = Curriculum(recipe({"s": stage(1280, {"p": share(0.5, web=1), "q": ramped})}), KNOWN)
+    read = [address.source for address in everything(curriculum)]
+    webs = [read[80 + start : 90 + start].count("web") for start in range(0, 80, 10)]
+    assert read[:80] == 80 * ["web"]
+    assert webs == [9, 7, 4, 2, 0, 0, 0, 0]
+
+
 def test_epochs_add_up_over_stages() -> None:
     curriculum = Curriculum(two_stages(), KNOWN)
     consumed = curriculum.consumed(curriculum.total_tokens)
-    math_epochs = Fraction(consumed["pretrain"]["p3"]["math"], 8 * 374)
-    math_epochs += Fraction(consumed["extension"]["long"]["math"], 32 * 93)
-    assert curriculum.epochs(consumed)["math"] == math_epochs
+    read = consumed["pretrain"]["p3"]["math"], consumed["extension"]["long"]["math"]
+    # The extension has the last samples of 32 tokens and a label, the pretraining samples of 8 of what is before.
+    first = 8 * ((3000 - (read[1] + 1) - 1) // 8)
+    assert curriculum.epochs(consumed)["math"] == Fraction(sum(read), first + read[1])
 
 
 WRONG: list[tuple[dict[str, PhaseConfig], str, str]] = [
@@ -271,6 +250,23 @@ WRONG: list[tuple[dict[str, PhaseConfig], str, str]] = [
     ({"p": PhaseConfig(tokens=-3, blend={"web": 1})}, "stages.s.phases.p.tokens", "is -3"),
     ({"p": share(0.97, web=1), "q": share(0.03, web=1)}, "stages.s.phases.q", "no step of 32 tokens begins"),
     ({}, "stages.s.phases", "is empty"),
+    ({"p": PhaseConfig(share=1.0, ramp_tokens=-1, blend={"web": 1})}, "stages.s.phases.p.ramp_tokens", "is -1"),
+    (
+        {"p": PhaseConfig(share=1.0, ramp_tokens=8, blend={"web": 1})},
+        "stages.s.phases.p.ramp_tokens",
+        "no phase before",
+    ),
+    (
+        {"p": share(0.5, web=1), "q": PhaseConfig(share=0.5, ramp_tokens=161, blend={"code": 1})},
+        "stages.s.phases.q.ramp_tokens",
+        "161 is more than the phase's 160 tokens",
+    ),
+    (
+        {"p": share(0.5, web=1), "q": PhaseConfig(share=0.5, ramp_tokens=79, blend={"code": 1})},
+        "stages.s.phases.q.ramp_tokens",
+        "79 tokens are less than a window",
+    ),
+    ({"p": share(1.0, web=1, code=9e-7)}, "stages.s.phases.p.blend.code", "takes windows of 1111120 samples"),
 ]
 
 
@@ -296,18 +292,12 @@ def test_a_run_needs_a_stage_and_a_window() -> None:
         Curriculum(recipe({}), KNOWN)
     with pytest.raises(RecipeError, match=r"data\.quota_window: is 0"):
         Curriculum(recipe({"s": stage(320, {"p": share(1.0, web=1)})}, window=0), KNOWN)
+    with pytest.raises(RecipeError, match=r"data\.quota_window: 1048577 is too large; write at most 1048576"):
+        Curriculum(recipe({"s": stage(320, {"p": share(1.0, web=1)})}, window=2**20 + 1), KNOWN)
 
 
 def test_a_source_needs_the_tokens_of_one_sample() -> None:
     config = recipe({"s": stage(320, {"p": share(1.0, web=1)})})
     with pytest.raises(RecipeError, match=r"blend\.web: the source has 8 tokens, and one sample is 9"):
-        Curriculum(config, {"web": 8})
-    assert Curriculum(config, {"web": 9}).samples_per_epoch("s", "web") == 1
-
-
-def test_a_source_read_too_often_is_named_with_how_often() -> None:
-    stages = {name: stage(320, {"p": share(1.0, web=1, math=1)}) for name in ("s", "t")}
-    sizes = {"web": 8 * 16 + 1, "math": 8 * 1000 + 1}
-    with pytest.raises(RecipeError, match=r"data\.max_epochs: source web is read 2\.50 times, the limit is 2\.4"):
-        Curriculum(recipe(stages, max_epochs=2.4), sizes)
-    assert Curriculum(recipe(stages, max_epochs=2.5), sizes).total_tokens == 640
+        Curriculum(config, {"web": SourceSize((8,))})
+    assert Curriculum(config, {"web": SourceSize((9,))}).samples_per_epoch("s", "web") == 1

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 from nano_pretrain.data.curriculum import Curriculum
 from nano_pretrain.data.ledger import ledger
+from nano_pretrain.data.ranges import SourceSize, whole_samples
 from nano_pretrain.recipe.schema import DataConfig, PhaseConfig, Recipe, StageConfig
 
-SIZES = {"code": 700, "math": 900, "web": 2000}
+SIZES = {"code": SourceSize((700,)), "math": SourceSize((700, 200)), "web": SourceSize((2000, 33, 400))}
 
 
 def curriculum(first: dict[str, int], second: dict[str, int], long: dict[str, int], window: int) -> Curriculum:
@@ -51,8 +52,17 @@ def test_the_ledger_is_a_count_of_what_was_read(plan: Curriculum, data: st.DataO
             name: sum(n for (at, _, of), n in read.items() if (at, of) == (name, source)) for name in book["stages"]
         }
         assert totals["tokens"] == sum(per_stage.values())
-        lengths = {"pretrain": 8, "extension": 32}
-        epochs = sum(n / (lengths[at] * ((SIZES[source] - 1) // lengths[at])) for at, n in per_stage.items())
+        ranges = plan.sources[source]
+        there_are = {
+            name: sum(
+                part.sequence_length * whole_samples(end - start, part.sequence_length) for start, end in part.spans
+            )
+            for name, part in ranges.by_stage.items()
+        }
+        if ranges.shared:
+            epochs = sum(n / there_are[at] for at, n in per_stage.items() if n)
+        else:
+            epochs = sum(per_stage.values()) / sum(there_are.values())
         assert totals["epochs"] == pytest.approx(epochs, rel=1e-12)
 
 

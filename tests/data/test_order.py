@@ -1,15 +1,14 @@
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from fractions import Fraction
-from math import floor
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nano_pretrain.data.order import KeyedPermutation, QuotaBlend, order_key
+from nano_pretrain.data.order import KeyedPermutation, keyed_shuffle, numbered_key, order_key
 
 KEYS = st.integers(0, 2**64 - 1)
 SIZES = st.integers(1, 400) | st.sampled_from([4095, 4096, 4097, 7919])
@@ -20,6 +19,13 @@ SIZES = st.integers(1, 400) | st.sampled_from([4095, 4096, 4097, 7919])
 def test_a_permutation_takes_every_value_once(size: int, key: int) -> None:
     values = KeyedPermutation(size, key).array(np.arange(size))
     assert sorted(values.tolist()) == list(range(size))
+
+
+def test_walks_of_any_length_end_below_the_size() -> None:
+    # Of the values beyond 5 = 3 x 2 - 1 and 7 = 3 x 3 - 2 some lead to each other.
+    for size, key in itertools.product((2, 3, 5, 7, 10, 13), range(200)):
+        permutation = KeyedPermutation(size, key)
+        assert sorted(map(permutation, range(size))) == list(range(size))
 
 
 @given(st.integers(1, 2**62), KEYS, st.data())
@@ -77,134 +83,20 @@ def test_an_index_out_of_range_is_refused(index: int) -> None:
         permutation.array(np.array([3, index]))
 
 
-NAMES = st.sampled_from("abcdefg")
-WEIGHTS = st.dictionaries(NAMES, st.fractions(0, 100, max_denominator=50), min_size=1).filter(
-    lambda weights: any(weights.values())
-)
-PHASES = st.tuples(WEIGHTS, st.integers(1, 500), st.integers(1, 60), KEYS)
-
-
-def quota(weights: dict[str, Fraction], samples: int) -> dict[str, int]:
-    """The formula of the quotas, as it reads."""
-    total, before = sum(weights.values()), Fraction(0)
-    quotas = {}
-    for source in sorted(weights):
-        after = before + weights[source] / total
-        quotas[source] = floor(after * samples) - floor(before * samples)
-        before = after
-    return {source: count for source, count in quotas.items() if weights[source]}
-
-
-def window_ends(weights: dict[str, Fraction], blend: QuotaBlend) -> list[int]:
-    """Where the quotas have to hold: every window's end but one from which no order leads on to the phase's end."""
-    ends = list(range(blend.window, blend.samples, blend.window))
-    if ends:
-        given, due = quota(weights, ends[-1]), quota(weights, blend.samples)
-        ends = ends[:-1] if any(due[source] < given[source] for source in due) else ends
-    return [*ends, blend.samples]
-
-
-@given(PHASES)
+@given(SIZES, KEYS)
 @settings(deadline=None)
-def test_quotas_hold_at_the_end_of_every_window(phase: tuple[dict[str, Fraction], int, int, int]) -> None:
-    weights, samples, window, seed = phase
-    blend = QuotaBlend(weights, samples, window, (seed,))
-    sources = [blend.locate(position)[0] for position in range(samples)]
-    for end in window_ends(weights, blend):
-        assert {source: sources[:end].count(source) for source in blend.sources} == quota(weights, end)
-    assert blend.totals == quota(weights, samples)
+def test_a_shuffle_takes_every_place_once(size: int, key: int) -> None:
+    assert sorted(keyed_shuffle(size, key).tolist()) == list(range(size))
 
 
-@given(PHASES)
-@settings(deadline=None)
-def test_every_sample_of_every_source_comes_once(phase: tuple[dict[str, Fraction], int, int, int]) -> None:
-    weights, samples, window, seed = phase
-    blend = QuotaBlend(weights, samples, window, (seed,))
-    located = [blend.locate(position) for position in range(samples)]
-    assert sorted(located) == [(source, number) for source in blend.sources for number in range(blend.totals[source])]
+def test_shuffles_of_a_family_are_the_same_for_ever_and_differ() -> None:
+    assert keyed_shuffle(8, numbered_key(7, 0)).tolist() == [1, 5, 6, 0, 7, 4, 3, 2]
+    shuffles = {tuple(keyed_shuffle(100, numbered_key(key, n)).tolist()) for key in (1, 2) for n in range(50)}
+    assert len(shuffles) == 100
 
 
-@given(PHASES)
-@settings(deadline=None, max_examples=30)
-def test_counts_equal_counting(phase: tuple[dict[str, Fraction], int, int, int]) -> None:
-    weights, samples, window, seed = phase
-    blend = QuotaBlend(weights, samples, window, (seed,))
-    counted = dict.fromkeys(blend.sources, 0)
-    for position in range(samples):
-        assert blend.counts(position) == counted
-        counted[blend.locate(position)[0]] += 1
-    assert blend.counts(samples) == counted
-
-
-def test_a_window_longer_than_a_chunk_is_counted_whole() -> None:
-    blend = QuotaBlend({"a": Fraction(3), "b": Fraction(1)}, samples=200_000, window=200_000, key=(0,))
-    counts = blend.counts(150_000)
-    assert sum(counts.values()) == 150_000
-    # Drawn without replacement: the standard deviation is 97.
-    assert abs(counts["a"] - 112_500) < 500
-
-
-@given(PHASES)
-@settings(deadline=None)
-def test_only_a_weight_below_one_sample_widens_the_window(phase: tuple[dict[str, Fraction], int, int, int]) -> None:
-    weights, samples, window, seed = phase
-    smallest = min(weight for weight in weights.values() if weight) / sum(weights.values())
-    blend = QuotaBlend(weights, samples, window, (seed,))
-    assert blend.window % window == 0
-    assert smallest * blend.window >= 1
-    assert blend.window == window or smallest * (blend.window - window) < 1
-
-
-def test_without_widening_the_formula_would_take_a_sample_back() -> None:
-    weights = {"a": Fraction(49), "b": Fraction(1), "c": Fraction(50)}
-    assert (quota(weights, 2)["b"], quota(weights, 3)["b"]) == (1, 0)
-    assert QuotaBlend(weights, samples=300, window=1, key=(0,)).window == 100
-
-
-def test_a_last_window_that_would_take_a_sample_back_is_merged() -> None:
-    weights = {"a": Fraction(2), "b": Fraction(1), "c": Fraction(2)}
-    assert (quota(weights, 12)["b"], quota(weights, 13)["b"]) == (3, 2)
-    blend = QuotaBlend(weights, samples=13, window=6, key=(0,))
-    assert blend.counts(6) == quota(weights, 6)
-    assert blend.counts(13) == blend.totals == quota(weights, 13)
-
-
-def test_a_last_window_that_can_is_cut_to_what_is_left() -> None:
-    weights = {"a": Fraction(1), "b": Fraction(1)}
-    blend = QuotaBlend(weights, samples=13, window=6, key=(0,))
-    assert blend.counts(12) == {"a": 6, "b": 6}
-    assert blend.locate(12) == ("b", 6)
-
-
-def test_the_order_of_the_mapping_does_not_matter_and_the_key_does() -> None:
-    weights = {"a": Fraction(2), "b": Fraction(3), "c": Fraction(5)}
-    turned = dict(reversed(weights.items()))
-    first, same, other = (
-        [QuotaBlend(chosen, 100, 50, key).locate(position) for position in range(100)]
-        for chosen, key in [(weights, ("p1",)), (turned, ("p1",)), (weights, ("p2",))]
-    )
-    assert first == same
-    assert first != other
-    sources = [source for source, _ in first]
-    assert sources[:50] != sources[50:]
-    assert sources[:50] != sorted(sources[:50])
-
-
-def test_hundreds_of_sources_over_a_billion_samples() -> None:
-    weights = {f"source-{n:03}": Fraction(n + 1) for n in range(300)}
-    blend = QuotaBlend(weights, samples=10**9, window=1024, key=(0,))
-    position = 987_654_321
-    source, number = blend.locate(position)
-    start = position - position % blend.window
-    assert blend.counts(start) == quota(weights, start)
-    assert blend.counts(start)[source] <= number < blend.counts(start + blend.window)[source]
-    assert sum(blend.counts(position).values()) == position
-
-
-@pytest.mark.parametrize("position", [-1, 10])
-def test_a_position_outside_the_phase_is_refused(position: int) -> None:
-    blend = QuotaBlend({"a": Fraction(1)}, samples=10, window=4, key=(0,))
-    with pytest.raises(IndexError):
-        blend.locate(position)
-    with pytest.raises(IndexError):
-        blend.counts(position + 1 if position > 0 else position)
+def test_all_shuffles_of_four_come_out_equally_often() -> None:
+    orders = Counter(tuple(keyed_shuffle(4, numbered_key(1, n)).tolist()) for n in range(24 * 200))
+    # As for the permutations above.
+    assert len(orders) == 24
+    assert sum((count - 200) ** 2 / 200 for count in orders.values()) < 49.7

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +24,7 @@ from nano_pretrain.data.indexed_file import (
 )
 from nano_pretrain.data.shards import TokenShard, TokenStream, open_corpus, token_byte_lengths
 from nano_pretrain.recipe.errors import UserError
+from tests.corpora import write_corpus
 
 Documents = list[list[int]]
 documents_of_bytes = st.lists(st.lists(st.integers(0, 65_499), min_size=1, max_size=20), min_size=1, max_size=12)
@@ -101,6 +103,36 @@ def test_a_stream_is_the_concatenation_of_its_shards(
             stream.read(bad_start, bad_length)
 
 
+@given(shards=st.lists(documents_of_bytes, min_size=1, max_size=4))
+def test_every_token_has_its_shard_and_the_start_of_its_document(
+    tmp_path_factory: pytest.TempPathFactory, shards: list[Documents]
+) -> None:
+    path = tmp_path_factory.mktemp("places")
+    for number, documents in enumerate(shards):
+        write(path / f"s.{number}", documents)
+    stream = TokenStream("s", [TokenShard(path / f"s.{number}") for number in range(len(shards))], text_bytes=0)
+    token = 0
+    for number, documents in enumerate(shards):
+        begin = token
+        for document in documents:
+            start = token
+            for _ in document:
+                assert stream.locate(token) == (f"s.{number}", token - begin)
+                assert stream.size.document_start(token) == start
+                token += 1
+    with pytest.raises(ValueError, match="do not lie within"):
+        stream.locate(token)
+
+
+def test_a_document_of_several_sequences_begins_with_the_first(tmp_path: Path) -> None:
+    builder = IndexedDatasetBuilder(str(bin_path(tmp_path / "x")), dtype=np.uint16)
+    for lengths in ([2, 3], [1], [4, 1]):
+        builder.add_document(torch.arange(sum(lengths)), lengths)
+    builder.finalize(str(idx_path(tmp_path / "x")))
+    shard = TokenShard(tmp_path / "x")
+    assert [shard.document_start(token) for token in range(11)] == [0, 0, 0, 0, 0, 5, 6, 6, 6, 6, 6]
+
+
 def test_an_empty_shard_is_read(tmp_path: Path) -> None:
     write(tmp_path / "e", [])
     write(tmp_path / "f", [[1, 2]])
@@ -150,6 +182,36 @@ def test_a_strange_manifest_is_refused_in_one_line(tmp_path: Path, content: str)
     with pytest.raises(UserError, match=r"manifest\.json") as caught:
         open_corpus(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def with_generations(path: Path, *generations: Any) -> Path:
+    """A corpus whose source alpha has a shard of each of these generations."""
+    write_corpus(path)
+    manifest = json.loads((path / "manifest.json").read_text())
+    (shard,) = manifest["sources"]["alpha"]["train"]["shards"]
+    manifest["sources"]["alpha"]["train"]["shards"] = [{**shard, "generation": number} for number in generations]
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    return path
+
+
+def test_generations_of_shards_have_their_tokens(tmp_path: Path) -> None:
+    plain = open_corpus(write_corpus(tmp_path / "plain")).sizes["alpha"].generations
+    sizes = open_corpus(with_generations(tmp_path / "more", 0, 0, 1, 2, 2)).sizes
+    assert sizes["alpha"].generations == (2 * plain[0], plain[0], 2 * plain[0])
+    assert len(sizes["beta"].generations) == 1
+    assert sizes["alpha"].document_start(plain[0]) == plain[0]
+
+
+@pytest.mark.parametrize(
+    ("generations", "words"),
+    [((1,), "has generation 1; write 0,"), ((0, 2), "2; write 0 or 1"), ((0, 1, 0), "0; write 1 or 2"), ((-1,), "-1")],
+)
+def test_generations_have_no_gaps(tmp_path: Path, generations: tuple[int, ...], words: str) -> None:
+    with pytest.raises(UserError, match=words) as caught:
+        open_corpus(with_generations(tmp_path / "c", *generations))
+    assert "manifest.json: shard alpha-00000 has generation" in str(caught.value)
+    with pytest.raises(UserError, match="damaged"):
+        open_corpus(with_generations(tmp_path / "d", "0"))
 
 
 def test_byte_lengths_add_up_to_the_text(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ def step(corpus_path: Path, place: tuple[int, int], micro_batch_size: int, consu
     recipe = small_recipe(corpus=corpus_path)
     recipe.stages["pretrain"].micro_batch_size = micro_batch_size
     corpus = open_corpus(corpus_path)
-    curriculum = Curriculum(recipe, {name: stream.tokens for name, stream in corpus.train.items()})
+    curriculum = Curriculum(recipe, corpus.sizes)
     return list(BatchReader(corpus, curriculum, place, True, CPU).micro_batches(consumed))
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,12 @@ import torch
 from nano_pretrain.data.shards import open_corpus
 from nano_pretrain.plan.cost import checkpoint_bytes, stage_cost, total_cost
 from nano_pretrain.plan.data import plan_data
+from nano_pretrain.plan.document import plan_document
+from nano_pretrain.plan.tables import decimal, new_console, show_plan
+from nano_pretrain.plan.whole import make_plan
 from nano_pretrain.platform import Platform
 from nano_pretrain.recipe.errors import RecipeError
-from nano_pretrain.recipe.schema import CheckpointConfig, ParallelConfig, PlanConfig
+from nano_pretrain.recipe.schema import CheckpointConfig, ParallelConfig, PhaseConfig, PlanConfig
 from tests.corpora import write_corpus
 from tests.model.building import batch, build
 from tests.model.recipes import small_recipe
@@ -58,6 +62,34 @@ def test_a_source_that_is_read_too_often_is_refused_as_by_train(corpus: Path) ->
     recipe.data.max_epochs = 0.01
     with pytest.raises(RecipeError, match=r"data\.max_epochs: source \w+ is read"):
         plan_data(recipe)
+
+
+def test_what_repeats_is_shown(corpus: Path) -> None:
+    recipe = small_recipe(corpus=corpus)
+    recipe.plan.hardware = "cpu"
+    first = recipe.stages[STAGE]
+    assert {use.repeats for use in plan_data(recipe).sources.values()} == {None}
+    again = replace(first, phases={"all": PhaseConfig(share=1.0, blend={"alpha": 1})})
+    recipe.stages = {STAGE: replace(first, phases={"all": PhaseConfig(share=1.0, blend={"alpha": 1, "beta": 1})})}
+    recipe.stages["again"] = replace(again, tokens=40 * 8 * 48)
+    plan = make_plan(recipe)
+    found = plan.data.sources["alpha"].repeats
+    assert found is not None
+    assert found == plan_data(recipe).sources["alpha"].repeats
+    assert found.shared_by == (STAGE, "again")
+    assert found.begins == 6 * 8 * 48
+    assert plan.data.sources["beta"].repeats is None
+    assert plan_document(plan, "")["sources"]["alpha"]["repeats"] == {**asdict(found)}
+    console = new_console()
+    console.file = io.StringIO()
+    show_plan(console, plan, "plan.png")
+    text = " ".join(console.file.getvalue().split())
+    for said in (
+        f"alpha pretrain, again {found.readings:.2f} {decimal(100 * found.share)} % 2.3K",
+        "1 of 2 sources are read more than once, alpha first: its second reading begins after 2.3K tokens of the run",
+        "too small to be divided between pretrain and again, so that each reads the whole: alpha",
+    ):
+        assert said in text
 
 
 def test_cost_by_hand(corpus: Path) -> None:

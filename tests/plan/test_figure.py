@@ -9,6 +9,7 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
+from nano_pretrain.data.blend import MOST_PLATEAUS
 from nano_pretrain.plan.data import plan_data
 from nano_pretrain.plan.figure import plan_figure
 from nano_pretrain.schedule.learning_rate import learning_rate
@@ -54,3 +55,15 @@ def test_the_blend_fills_every_phase() -> None:
     assert [phase.name for phase in phases] == texts(figure.axes[0])[-4:]
     legend = {text.get_text() for text in figure.legends[0].get_texts()}
     assert legend == set(data.sources)
+
+
+def test_a_ramp_is_drawn_plateau_by_plateau() -> None:
+    data = plan_data(named("nano_12b_v2", "stages.pretrain.phases.p2.ramp_tokens=2_000_000_000_000"))
+    bars = [patch for patch in plan_figure(data).axes[2].patches if isinstance(patch, Rectangle)]
+    code, web = list(data.sources).index("code"), list(data.sources).index("web_crawl")
+    heights = [[bar.get_height() for bar in bars[number :: len(data.sources)]] for number in (code, web)]
+    assert heights[0] == pytest.approx([20] * (1 + MOST_PLATEAUS + 2), abs=0.1)
+    assert heights[1] == pytest.approx(
+        [59.0, *(59.0 - (59.0 - 32.7) * (number + 0.5) / MOST_PLATEAUS for number in range(MOST_PLATEAUS)), 32.7, 13.5],
+        abs=0.1,
+    )

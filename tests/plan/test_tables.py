@@ -150,7 +150,6 @@ def test_both_answers_to_overlap_are_shown(chosen: bool) -> None:
 
 
 def test_a_cpu_counts_fp8_as_bf16_and_says_so() -> None:
-    # 1,296 rows of an input projection are 16 x 81, so that FP8 can take them.
     fp8, bf16 = (planned("tiny", f"precision={name}", "data.path=nowhere") for name in ("fp8_blockwise", "bf16"))
     said = " ".join(shown(fp8).split())
     assert "fp8_blockwise is counted as BF16, in time and memory: a CPU has no FP8 products" in said
