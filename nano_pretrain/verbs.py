@@ -122,6 +122,25 @@ def generate(recipe: Recipe, overrides: list[str]) -> int:
     return EXIT_DONE
 
 
+def evaluate(recipe: Recipe, overrides: list[str]) -> int:
+    """Retrieval and loss by position of a checkpoint."""
+    directory = run_directory(recipe)
+    trained = recorded_recipe(directory)
+    from nano_pretrain.evaluate.checkpoint import evaluate_checkpoint, show
+    from nano_pretrain.evaluate.length import append_lines
+    from nano_pretrain.plan.tables import new_console
+
+    lines = evaluate_checkpoint(trained, recipe.evaluate, directory)
+    show(lines, new_console())
+    try:
+        append_lines(directory, lines)
+    except OSError as error:
+        raise UserError(
+            f"run.dir: cannot write {error.filename} ({error.strerror}); the tables above are not kept"
+        ) from error
+    return EXIT_DONE
+
+
 def report(recipe: Recipe, overrides: list[str]) -> int:
     """Render the report of a run."""
     directory = run_directory(recipe)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,27 +41,44 @@ def generate(recipe: Recipe, options: GenerateConfig, run_dir: Path, prompts: Se
     Raises:
         UserError: there is no such checkpoint, it is damaged, or the corpus with the tokenizer is gone.
     """
-    path = chosen_checkpoint(run_dir, options.checkpoint)
+    path = chosen_checkpoint(run_dir, options.checkpoint, "generate")
     corpus = open_corpus(Path(recipe.data.path))
     tokenizer = Tokenizer.from_file(str(corpus.tokenizer_file))
     tokenizer.encode_special_tokens = True
     encoded = [tokenizer.encode(prompt).ids or [corpus.eod_id] for prompt in prompts]
-    platform = current_platform()
-    platform.prepare(0, recipe.cluster.threads_per_rank, recipe.cluster.cpu_kernels)
-    from nano_pretrain.model.hybrid import build_model
-
-    layout = ParallelConfig(distributed_optimizer=False)
     texts: list[str] = []
-    with process_groups(platform, Ranks(0, 1, 0), layout, recipe.cluster.timeout_seconds):
-        model = build_model(_without_fp8(recipe), layout, platform, max(map(len, encoded)) + options.max_new_tokens)
-        load_checkpoint(path, model, optimizer=None)
+    with model_of(recipe, path, max(map(len, encoded)) + options.max_new_tokens) as model:
         for prompt in encoded:
             ids = list(continuation(model, prompt, options, corpus.eod_id, recipe.model.vocab_size))
             texts.append(tokenizer.decode([*prompt, *ids], skip_special_tokens=False))
     return texts
 
 
-def _without_fp8(recipe: Recipe) -> Recipe:
+ALONE = ParallelConfig(distributed_optimizer=False)
+"""The layout of `model_of`."""
+
+
+@contextmanager
+def model_of(recipe: Recipe, checkpoint: Path, longest: int) -> Iterator[Any]:
+    """The model of a checkpoint on one rank, in the dtype of its weights, with the process groups of that rank.
+
+    Args:
+        recipe: the run's recipe.
+        checkpoint: a whole checkpoint.
+        longest: most tokens of a sequence.
+    """
+    platform = current_platform()
+    platform.prepare(0, recipe.cluster.threads_per_rank, recipe.cluster.cpu_kernels)
+    from nano_pretrain.model.hybrid import build_model
+
+    with process_groups(platform, Ranks(0, 1, 0), ALONE, recipe.cluster.timeout_seconds):
+        model = build_model(without_fp8(recipe), ALONE, platform, longest)
+        load_checkpoint(checkpoint, model, optimizer=None)
+        yield model
+
+
+def without_fp8(recipe: Recipe) -> Recipe:
+    """The recipe as one rank evaluates and generates: BF16 where the run was in FP8."""
     # A step of generation has one token, and Transformer Engine's FP8 products take multiples of 16.
     if not recipe.precision.name.startswith("fp8"):
         return recipe
@@ -74,7 +92,7 @@ IDENTITY = ("tokens", "prompt", "temperature", "top_p", "seed")
 def record_samples(run_dir: Path, options: GenerateConfig, prompts: Sequence[str], texts: Sequence[str]) -> None:
     """Write samples to the run's samples.jsonl; a sample that was drawn before is replaced."""
     path = run_dir / "samples.jsonl"
-    tokens = int(_named_checkpoint(run_dir, options.checkpoint).name)
+    tokens = int(_named_checkpoint(run_dir, options.checkpoint, "generate").name)
     common = {"tokens": tokens, "temperature": options.temperature, "top_p": options.top_p, "seed": options.seed}
     new = [{**common, "prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)]
     old = map(json.loads, path.read_text().splitlines()) if path.exists() else []
@@ -135,21 +153,26 @@ def sample(logits: Tensor, options: GenerateConfig, generator: torch.Generator) 
     return int(order[torch.multinomial(kept, 1, generator=generator)])
 
 
-def chosen_checkpoint(run_dir: Path, tokens: int | None) -> Path:
+def chosen_checkpoint(run_dir: Path, tokens: int | None, verb: str) -> Path:
     """The checkpoint at `tokens`, or the newest; the content of its files is verified.
+
+    Args:
+        run_dir: directory of the run.
+        tokens: `checkpoint` of the verb's options.
+        verb: for the message.
 
     Raises:
         UserError: there is no such checkpoint, or it is damaged.
     """
-    path = _named_checkpoint(run_dir, tokens)
+    path = _named_checkpoint(run_dir, tokens, verb)
     manifest = read_manifest(path)
     damaged = damaged_files(path, manifest.files, manifest) if manifest else [MANIFEST]
     if damaged:
-        raise UserError(f"{path}: damaged ({', '.join(damaged)}); choose another with generate.checkpoint=TOKENS")
+        raise UserError(f"{path}: damaged ({', '.join(damaged)}); choose another with {verb}.checkpoint=TOKENS")
     return path
 
 
-def _named_checkpoint(run_dir: Path, tokens: int | None) -> Path:
+def _named_checkpoint(run_dir: Path, tokens: int | None, verb: str) -> Path:
     """The checkpoint at `tokens`, or the newest, by its name and the sizes of its files."""
     whole = whole_checkpoints(run_dir)
     if not whole:
@@ -157,5 +180,5 @@ def _named_checkpoint(run_dir: Path, tokens: int | None) -> Path:
     known = {int(path.name): path for path in whole}
     if tokens is not None and tokens not in known:
         listed = ", ".join(map(str, sorted(known)))
-        raise UserError(f"generate.checkpoint: no whole checkpoint at {tokens} tokens; choose one of {listed}")
+        raise UserError(f"{verb}.checkpoint: no whole checkpoint at {tokens} tokens; choose one of {listed}")
     return whole[0] if tokens is None else known[tokens]

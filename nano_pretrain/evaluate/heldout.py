@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nano_pretrain.data.loader import MicroBatch, batch_of
+from nano_pretrain.data.loader import MicroBatch
 from nano_pretrain.data.shards import Corpus, TokenStream, token_byte_lengths
-from nano_pretrain.parallel.context import own_tokens
-from nano_pretrain.parallel.groups import context_parallel_place, data_parallel_place, reports_loss
+from nano_pretrain.evaluate.rows import Passes, Row, Run
 from nano_pretrain.recipe.errors import UserError
 
 
@@ -59,9 +58,9 @@ class HeldOut:
         self.weights = weights
         self.sources = sorted(weights)
         self.streams: list[TokenStream] = [corpus.heldout[name] for name in self.sources]
-        self.shape = (sequence_length, micro_batch_size)
-        self.eod_id = corpus.eod_id if reset_documents else None
         self.device = device
+        eod_id = corpus.eod_id if reset_documents else None
+        self._passes = Passes((sequence_length, micro_batch_size), eod_id, device)
         self.bytes_of = torch.from_numpy(token_byte_lengths(corpus.tokenizer_file)).to(device)
         self.samples: list[_Sample] = []
         for number, stream in enumerate(self.streams):
@@ -74,7 +73,7 @@ class HeldOut:
             starts = range(0, end, sequence_length)
             self.samples += [_Sample(number, start, min(sequence_length, end - start)) for start in starts]
 
-    def evaluate(self, run: Callable[..., list[Any]]) -> dict[str, Any]:
+    def evaluate(self, run: Run) -> dict[str, Any]:
         """Nats per token and bits per byte of each source and of the blend.
 
         Args:
@@ -83,31 +82,17 @@ class HeldOut:
         Returns:
             {"sources": {name: {loss, bits_per_byte, tokens, bytes}}, "blend": {loss, bits_per_byte}}.
         """
-        rank, size = data_parallel_place()
-        mine = self.samples[rank::size]
-        width = self.shape[1]
         sums = torch.zeros(len(self.sources), 3, dtype=torch.float64, device=self.device)
-        groups = [mine[start : start + width] for start in range(0, len(mine), width)]
-        with torch.no_grad():
-            reports = run(self._batches(groups), len(groups), self.shape, True, self._score) if groups else []
-        if reports_loss():
-            positions = own_tokens(torch.arange(self.shape[0], device=self.device), 0, context_parallel_place())
-            for group, report in zip(groups, reports, strict=True):
-                for sample, row in zip(group, report, strict=False):
-                    counted = positions < sample.length
-                    sums[sample.source, :2] += row[counted].sum(0)
-                    sums[sample.source, 2] += counted.sum()
+        for number, _, values in self._passes.scores(run, self._rows(), self._score):
+            source = self.samples[number].source
+            sums[source, :2] += values.sum(0)
+            sums[source, 2] += len(values)
         dist.all_reduce(sums)
         return self._summary(sums)
 
-    def _batches(self, groups: list[list[_Sample]]) -> Iterator[MicroBatch]:
-        length, width = self.shape
-        for group in groups:
-            # Filled up with zeros, which are not counted: pipeline stages exchange tensors of one shape.
-            rows = np.zeros((width, length + 1), np.int64)
-            for row, sample in zip(rows, group, strict=False):
-                row[: sample.length + 1] = self.streams[sample.source].read(sample.start, sample.length + 1)
-            yield batch_of(rows, self.eod_id, self.device).of_context(context_parallel_place())
+    def _rows(self) -> list[Row]:
+        reads = (partial(self.streams[s.source].read, s.start, s.length + 1) for s in self.samples)
+        return [Row(sample.length, read) for sample, read in zip(self.samples, reads, strict=True)]
 
     def _score(self, batch: MicroBatch, losses: Tensor) -> Tensor:
         """Nats and bytes of each token [batch, length, 2]."""

@@ -12,6 +12,9 @@ from typing import Any, Optional
 MISSING: Any = "???"
 """OmegaConf's mark of a value that the recipe must give."""
 
+RETRIEVAL_TASKS = ("niah_single", "niah_multikey", "vt", "cwe")
+"""Of RULER: a needle in a haystack, one among needles with other keys, variable tracking, common words extraction."""
+
 
 class Resume(StrEnum):
     """What a resumed run may do with a field."""
@@ -134,6 +137,9 @@ class PhaseConfig:
 
     share: Optional[float] = option(None, "Fraction of the stage's tokens.", RECORDED)
     tokens: Optional[int] = option(None, "Tokens of the phase, instead of a share.", RECORDED)
+    ramp_tokens: int = option(
+        0, "Tokens over which the blend moves from that of the phase before to its own; 0 switches at once.", RECORDED
+    )
     blend: Any = option(MISSING, "Mapping source -> weight, or the name of a file in data_blend/blends/.", RECORDED)
 
 
@@ -160,6 +166,23 @@ class TokenizerConfig:
 
 
 @dataclass
+class LongQaConfig:
+    """Who writes the questions about long documents, where a corpus file has derived sources."""
+
+    writer: str = option(
+        "extractive",
+        "extractive: gaps in sentences of the text, no model | openai: a model behind an OpenAI-compatible endpoint.",
+        FIXED,
+    )
+    model: Optional[str] = option(None, "Name of the model; for openai.", FIXED)
+    url: Optional[str] = option(
+        None, "Base URL, for example http://localhost:8000/v1; for openai, whose key is read from OPENAI_API_KEY."
+    )
+    concurrency: int = option(8, "Requests at a time.")
+    timeout_seconds: int = option(120, "Longest silence of the endpoint before a request is made again.")
+
+
+@dataclass
 class DataConfig:
     """The corpus, where it lies, and how samples are cut from it."""
 
@@ -169,6 +192,7 @@ class DataConfig:
     tokenizer: TokenizerConfig = option(TokenizerConfig, "Tokenizer.")
     max_bytes_per_source: Optional[int] = option(None, "Text kept of each source, in bytes; null keeps all.", FIXED)
     heldout_share: float = option(0.01, "Share of the documents of a source that is held out, by document hash.", FIXED)
+    long_qa: LongQaConfig = option(LongQaConfig, "Questions about long documents.")
     document_boundaries: str = option(
         "ignore", "ignore: plain concatenation | reset: state and attention restart.", FIXED
     )
@@ -264,6 +288,20 @@ class GenerateConfig:
 
 
 @dataclass
+class EvaluateConfig:
+    """Evaluation for length: retrieval tasks after RULER, and held-out loss by position."""
+
+    lengths: list[int] = option(list, "Tokens of a prompt, and of a sample of the loss by position; [] for neither.")
+    tasks: list[str] = option(
+        lambda: list(RETRIEVAL_TASKS), "Retrieval tasks: niah_single, niah_multikey, vt, cwe; [] for none."
+    )
+    examples: int = option(32, "Prompts of a task at a length, and samples of the loss by position.")
+    seed: int = option(0, "Seed of the prompts.")
+    at_stage_end: bool = option(True, "Evaluate at the end of each stage, too; the verb `evaluate` takes a checkpoint.")
+    checkpoint: Optional[int] = option(None, "Consumed tokens of the checkpoint; null means the newest whole one.")
+
+
+@dataclass
 class PlanConfig:
     """What the verb `plan` answers and assumes; a run knows nothing of it."""
 
@@ -297,6 +335,7 @@ class Recipe:
     launch: LaunchConfig = option(LaunchConfig, "Launcher.")
     run: RunConfig = option(RunConfig, "Identity.")
     generate: GenerateConfig = option(GenerateConfig, "Generation.")
+    evaluate: EvaluateConfig = option(EvaluateConfig, "Evaluation for length.")
     plan: PlanConfig = option(PlanConfig, "Planning.")
     stand_ins: dict[str, str] = option(
         dict,

@@ -12,8 +12,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from nano_pretrain.recipe.errors import UserError
 from nano_pretrain.report import facts, words
 from nano_pretrain.report.figures import FIGURES, NothingToShow
+from nano_pretrain.report.length import positions_figure, retrieval_table
 from nano_pretrain.report.record import Record, number, read_record
 
+PICTURES = {**FIGURES, "positions": positions_figure}
 SHOWN_SAMPLES = 12
 
 
@@ -45,7 +47,7 @@ def render_report(run_dir: Path) -> Path:
 
 def _write(record: Record, directory: Path) -> Path:
     directory.mkdir(exist_ok=True)
-    pictures = {name: _picture(name, record, directory) for name in FIGURES}
+    pictures = {name: _picture(name, record, directory) for name in PICTURES}
     page = directory / "index.html"
     # Text that a model generated may hold lone surrogates, which UTF-8 has no bytes for.
     _replace(page, _html(record, pictures).encode("utf-8", errors="replace"))
@@ -55,7 +57,7 @@ def _write(record: Record, directory: Path) -> Path:
 def _picture(name: str, record: Record, directory: Path) -> Picture:
     path = directory / f"{name}.png"
     try:
-        figure = FIGURES[name](record)
+        figure = PICTURES[name](record)
     except NothingToShow as reason:
         path.unlink(missing_ok=True)
         return Picture(missing=str(reason))
@@ -92,6 +94,7 @@ def _html(record: Record, pictures: dict[str, Picture]) -> str:
         heldout=facts.heldout_table(record),
         ledger=facts.ledger_table(record),
         quantisation=facts.quantisation_table(record),
+        retrieval=retrieval_table(record),
         samples=newest[:SHOWN_SAMPLES],
         hidden_samples=max(0, len(newest) - SHOWN_SAMPLES),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from math import isfinite, nan
+from math import inf, isfinite, nan
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,40 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class TaskScores:
+    """Of one retrieval task: (score, standard error) by rank and by generation, NaN where there is none, and chance."""
+
+    rank: tuple[float, float]
+    match: tuple[float, float]
+    chance: float
+
+
+@dataclass(frozen=True)
+class LengthEvaluation:
+    """What was evaluated at one length at one point of the run.
+
+    Attributes:
+        tokens: consumed.
+        stage: that had just ended, or that the checkpoint belongs to.
+        length: tokens of a prompt and of a sample.
+        tasks: scores by task.
+        documents: "whole" or "concatenated".
+        edges: borders of the bins of positions.
+        loss: nats per token of each bin.
+        error: standard errors of these.
+    """
+
+    tokens: float
+    stage: str
+    length: float
+    tasks: dict[str, TaskScores]
+    documents: str
+    edges: Floats
+    loss: Floats
+    error: Floats
+
+
+@dataclass(frozen=True)
 class Quantisation:
     """What FP8 lost in one step: linear -> operand -> measure, shares and the relative error."""
 
@@ -77,6 +111,7 @@ class Record:
     name: str
     steps: Steps
     evaluations: list[Evaluation]
+    lengths: list[LengthEvaluation]
     quantisation: list[Quantisation]
     samples: list[Sample]
     recipe: dict[str, Any]
@@ -96,6 +131,7 @@ def read_record(run_dir: Path) -> Record:
         name=run_dir.resolve().name,
         steps=_steps(_read_lines(run_dir / "metrics.jsonl", problems)),
         evaluations=_evaluations(_read_lines(run_dir / "validation.jsonl", problems)),
+        lengths=_lengths(run_dir / "evaluation.jsonl", problems),
         quantisation=_quantisation(run_dir / "fp8.jsonl", problems),
         samples=[_sample(line) for line in _read_lines(run_dir / "samples.jsonl", problems)],
         recipe=recipe,
@@ -201,6 +237,44 @@ def _evaluations(lines: list[dict[str, Any]]) -> list[Evaluation]:
         for line in lines
         if isfinite(number(line.get("tokens")))
     ]
+
+
+def _lengths(path: Path, problems: dict[str, str]) -> list[LengthEvaluation]:
+    # Only runs that were asked to have any.
+    lines = _read_lines(path, problems) if path.exists() else []
+    return [
+        _length_evaluation(line)
+        for line in lines
+        if isfinite(number(line.get("tokens"))) and 0 < number(line.get("length")) < inf
+    ]
+
+
+def _length_evaluation(line: dict[str, Any]) -> LengthEvaluation:
+    positions = mapping(line.get("positions"))
+    bins = mapping(positions.get("bins"))
+    return LengthEvaluation(
+        tokens=number(line.get("tokens")),
+        stage=str(line.get("stage", "")),
+        length=number(line.get("length")),
+        tasks={name: _task_scores(mapping(found)) for name, found in mapping(line.get("retrieval")).items()},
+        documents=str(positions.get("documents", "")),
+        edges=_numbers(bins.get("edges")),
+        loss=_numbers(bins.get("loss")),
+        error=_numbers(bins.get("standard_error")),
+    )
+
+
+def _task_scores(found: dict[str, Any]) -> TaskScores:
+    return TaskScores(_score(found.get("rank")), _score(found.get("match")), number(found.get("chance")))
+
+
+def _score(estimate: object) -> tuple[float, float]:
+    found = mapping(estimate)
+    return number(found.get("score")), number(found.get("standard_error"))
+
+
+def _numbers(values: object) -> Floats:
+    return np.array([number(value) for value in values] if isinstance(values, list) else [], dtype=np.float64)
 
 
 def _quantisation(path: Path, problems: dict[str, str]) -> list[Quantisation]:

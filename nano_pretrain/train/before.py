@@ -6,15 +6,18 @@ import json
 from itertools import takewhile
 from pathlib import Path
 
+from tokenizers import Tokenizer
+
 from nano_pretrain.checkpoint.manifest import newest_manifest, newest_tokens
 from nano_pretrain.data.curriculum import Curriculum, StagePlan
 from nano_pretrain.data.shards import MANIFEST_NAME, Corpus, open_corpus
+from nano_pretrain.evaluate.prompts import check_lengths
 from nano_pretrain.platform.preflight import check_dependencies
 from nano_pretrain.recipe.derived import stage_layout
 from nano_pretrain.recipe.errors import EXIT_DONE, UserError
 from nano_pretrain.recipe.load import check_same_run
-from nano_pretrain.recipe.rules import check_ranks
 from nano_pretrain.recipe.rules_layout import layout_field
+from nano_pretrain.recipe.rules_ranks import check_ranks
 from nano_pretrain.recipe.schema import Recipe
 from nano_pretrain.recipe.split import stage_build
 from nano_pretrain.train.directory import check_not_held
@@ -43,7 +46,7 @@ def check_before(recipe: Recipe, directory: Path, first_rank: bool) -> Curriculu
     _check_corpus(recipe, directory, corpus)
     if first_rank:
         check_not_held(directory)
-    return Curriculum(recipe, {name: stream.tokens for name, stream in corpus.train.items()})
+    return Curriculum(recipe, corpus.sizes)
 
 
 def check_prepared_corpus(recipe: Recipe, directory: Path) -> None:
@@ -63,6 +66,8 @@ def _check_corpus(recipe: Recipe, directory: Path, corpus: Corpus) -> None:
             f"model.vocab_size: {recipe.model.vocab_size} is smaller than the {corpus.vocab_size} entries of "
             f"{corpus.tokenizer_file}; write model.vocab_size={corpus.vocab_size}"
         )
+    if recipe.evaluate.lengths and recipe.evaluate.at_stage_end:
+        check_lengths(recipe.evaluate, Tokenizer.from_file(str(corpus.tokenizer_file)))
     manifest = newest_manifest(directory)
     if manifest is not None and manifest.corpus != corpus.fingerprint:
         raise UserError(

@@ -1,9 +1,8 @@
-"""Callbacks that keep the run's files: metrics, validation, losses of FP8, checkpoints and ledger."""
+"""Callbacks that keep the run's files: metrics, validation, length, losses of FP8, checkpoints and ledger."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
 
 import torch.distributed as dist
 
@@ -11,8 +10,8 @@ from nano_pretrain.checkpoint.files import append_line, write_json
 from nano_pretrain.checkpoint.sharded import retain, save_checkpoint
 from nano_pretrain.data.ledger import ledger
 from nano_pretrain.evaluate.heldout import HeldOut
-from nano_pretrain.precision.losses import QuantisationLosses
-from nano_pretrain.precision.quantize import Statistics
+from nano_pretrain.evaluate.length import LengthSuite, Subject, append_lines, greedy, holds_whole_model
+from nano_pretrain.precision.losses import Losses, QuantisationLosses, described, not_finite
 from nano_pretrain.train.session import Session, StepRecord
 
 
@@ -68,11 +67,47 @@ class Validation:
             append_line(session.directory / "validation.jsonl", line)
 
 
+class LengthEvaluation:
+    """evaluation.jsonl: retrieval and loss by position at the end of each stage.
+
+    Args:
+        suite: what to evaluate.
+    """
+
+    def __init__(self, suite: LengthSuite) -> None:
+        self.suite = suite
+
+    def on_start(self, session: Session) -> None:
+        """Nothing: initial weights retrieve nothing."""
+
+    def on_step(self, session: Session, record: StepRecord, stopping: bool) -> None:
+        """Evaluate after the last step of a stage."""
+        stage = session.curriculum.stage_at(session.tokens - 1)
+        if session.tokens < stage.end_tokens:
+            return
+        if session.ranks.is_first:
+            print(f"{stage.name}: evaluating at {', '.join(map(str, self.suite.options.lengths))} tokens", flush=True)
+        trainable, complete = session.trainable, None
+        if holds_whole_model(session.recipe, session.layout, session.platform.name):
+            complete = greedy(trainable.model, session.corpus.eod_id, session.recipe.model.vocab_size)
+        subject = Subject(trainable.run, complete, next(trainable.model.parameters()).device)
+        trainable.gather_parameters()
+        trainable.wrapped.eval()
+        lines = self.suite.evaluate(subject, self.suite.shapes(session.layout, stage.config))
+        trainable.wrapped.train()
+        if session.ranks.is_first:
+            place = {"tokens": session.tokens, "stage": stage.name}
+            append_lines(session.directory, [{**place, **line} for line in lines])
+
+    def on_end(self, session: Session) -> None:
+        """Nothing left to do."""
+
+
 class Quantisation:
     """fp8.jsonl: what quantisation loses in each FP8 linear, in every `every`-th step, over its whole batch.
 
     The losses come from all micro-batches and ranks, inputs and gradients along either axis; `worst` is the largest
-    relative error.
+    relative error of each operand. Infinite values are also said on the terminal.
 
     Args:
         losses: of the model.
@@ -89,10 +124,9 @@ class Quantisation:
 
     def on_step(self, session: Session, record: StepRecord, stopping: bool) -> None:
         """Append what was counted."""
+        session.quantisation = {}
         if self.losses.counting:
-            line = {"step": record.step, "tokens": record.tokens, **_described(self.losses.take())}
-            if session.ranks.is_first:
-                append_line(session.directory / "fp8.jsonl", line)
+            self._report(session, record, self.losses.take())
         self._count_in(record.step + 1)
 
     def on_end(self, session: Session) -> None:
@@ -101,23 +135,14 @@ class Quantisation:
     def _count_in(self, step: int) -> None:
         self.losses.counting = step % self.every == 0
 
-
-def _described(losses: dict[str, dict[str, Statistics]]) -> dict[str, Any]:
-    linears = {
-        name: {
-            operand: {
-                "flushed": found.flushed_share,
-                "saturated": found.saturated_share,
-                "relative_error": found.relative_error,
-            }
-            for operand, found in operands.items()
-        }
-        for name, operands in losses.items()
-    }
-    error, linear, operand = max(
-        (each["relative_error"], name, operand) for name, found in linears.items() for operand, each in found.items()
-    )
-    return {"worst": {"linear": linear, "operand": operand, "relative_error": error}, "linears": linears}
+    def _report(self, session: Session, record: StepRecord, losses: Losses) -> None:
+        line = described(losses)
+        worst = {operand: found["relative_error"] for operand, found in line["worst"].items() if found}
+        session.quantisation = {f"worst_relative_error_{operand}": error for operand, error in worst.items()}
+        if session.ranks.is_first:
+            append_line(session.directory / "fp8.jsonl", {"step": record.step, "tokens": record.tokens, **line})
+            if hidden := not_finite(losses):
+                print(f"step {record.step}: FP8 made infinite values finite in {', '.join(hidden)}", flush=True)
 
 
 class Checkpoints:

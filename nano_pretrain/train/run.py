@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from itertools import takewhile
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,8 @@ from nano_pretrain.data.ledger import ledger
 from nano_pretrain.data.loader import BatchReader
 from nano_pretrain.data.shards import open_corpus
 from nano_pretrain.evaluate.heldout import HeldOut
+from nano_pretrain.evaluate.length import LengthSuite
+from nano_pretrain.evaluate.room import without_room_at_stage_ends
 from nano_pretrain.parallel.groups import (
     Ranks,
     context_parallel_place,
@@ -37,7 +39,7 @@ from nano_pretrain.recipe.load import to_yaml
 from nano_pretrain.recipe.schema import ParallelConfig, Recipe
 from nano_pretrain.recipe.split import stage_build
 from nano_pretrain.train.before import next_stage
-from nano_pretrain.train.callbacks import Checkpoints, Metrics, Quantisation, Validation
+from nano_pretrain.train.callbacks import Checkpoints, LengthEvaluation, Metrics, Quantisation, Validation
 from nano_pretrain.train.directory import full_disk_is_the_users_to_mend, only_trainer, truncate_streams
 from nano_pretrain.train.environment import check_same_kernels, environment, recorded_kernels
 from nano_pretrain.train.exit_file import ExitFile
@@ -108,7 +110,7 @@ def _train(
 
         check_cuda(recipe, cuda_facts(ranks.local_rank))
     corpus = open_corpus(Path(recipe.data.path))
-    curriculum = Curriculum(recipe, {name: stream.tokens for name, stream in corpus.train.items()})
+    curriculum = Curriculum(recipe, corpus.sizes)
     stage = next_stage(directory, curriculum)
     layout = stage_layout(recipe, stage.config)
     # Before kernels are compiled and the model is built: a machine whose memory is full kills without a word.
@@ -156,7 +158,9 @@ def _check_room(recipe: Recipe, platform: Platform, ranks: Ranks, stages: Sequen
     build = stage_build(recipe, stages[0].config)
     trained = takewhile(lambda stage: stage_build(recipe, stage.config) == build, stages)
     here = {stage.name: replace(stage.config, gpus=ranks.world_size) for stage in trained}
-    for refusal in without_room(replace(recipe, stages=here), here, platform.name, platform.memory(ranks.local_rank)):
+    trained_here, memory = replace(recipe, stages=here), platform.memory(ranks.local_rank)
+    training = without_room(trained_here, here, platform.name, memory)
+    for refusal in chain(training, without_room_at_stage_ends(trained_here, platform.name, memory)):
         if platform.name == "cpu":
             raise refusal
         if ranks.is_first:
@@ -210,6 +214,8 @@ def _callbacks(session: Session, heldout: HeldOut) -> list[Callback]:
     """In the order in which they are called; what may be lost by a kill comes before the checkpoint that covers it."""
     recipe = session.recipe
     callbacks: list[Callback] = [Metrics(), Validation(heldout, recipe.validation.every)]
+    if recipe.evaluate.lengths and recipe.evaluate.at_stage_end:
+        callbacks.append(LengthEvaluation(LengthSuite(recipe.evaluate, recipe, session.corpus)))
     if (losses := session.trainable.model.quantisation_losses) and recipe.log.fp8_every:
         callbacks.append(Quantisation(losses, recipe.log.fp8_every))
     if session.ranks.is_first:

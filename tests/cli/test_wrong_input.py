@@ -79,9 +79,14 @@ NUMBERS = [
     ("cluster.peak_tflops=1e30", ["cluster.peak_tflops: 1e+30 is too large", "at most 1000000"]),
     ("data.max_epochs=1e30", ["data.max_epochs: 1e+30 is too large", "at most 1000000"]),
     ("parallel.distributed_optimizer=-1", ["parallel.distributed_optimizer: '-1' is neither true nor false", "write"]),
+    ("evaluate.examples=0", ["evaluate.examples: 0 is not positive", "above 0"]),
+    ("evaluate.lengths=[512,0]", ["evaluate.lengths: 0 is no length", "write tokens"]),
+    ("evaluate.lengths=[512,512]", ["evaluate.lengths: names one twice", "write each once"]),
+    ("evaluate.lengths=[64]", ["evaluate.lengths: 64 tokens are too few for", "write at least"]),
     ("generate.temperature=-1", ["generate.temperature: -1.0 is negative", "0 or more"]),
 ]
 CHOICES = [
+    ("evaluate.tasks=[niah_single,qa]", ["evaluate.tasks: 'qa' is unknown", "niah_single, niah_multikey, vt, cwe"]),
     ("precision.name=fp9", ["precision.name: 'fp9' is unknown", "fp32, bf16"]),
     ("data.document_boundaries=keep", ["data.document_boundaries: 'keep' is unknown", "ignore, reset"]),
     ("data.tokenizer.kind=word", ["data.tokenizer.kind: 'word' is unknown", "bpe, tekken"]),
@@ -176,20 +181,20 @@ def test_a_number_for_a_truth_is_refused_by_all_that_depends_on_it(cli: Cli, tmp
     assert files(tmp_path) == []
 
 
-@pytest.mark.parametrize("verb", ["prepare", "train", "launch", "generate", "report"])
+@pytest.mark.parametrize("verb", ["prepare", "train", "launch", "generate", "evaluate", "report"])
 def test_every_verb_refuses_a_wrong_field(cli: Cli, tmp_path: Path, verb: str) -> None:
     assert_one_line(cli(verb, "model.pattern=M-X"), ["model.pattern: unknown letter 'X'"])
     assert files(tmp_path) == []
 
 
-@pytest.mark.parametrize("verb", ["generate", "report"])
+@pytest.mark.parametrize("verb", ["generate", "evaluate", "report"])
 def test_run_that_does_not_exist_is_named(cli: Cli, tmp_path: Path, verb: str) -> None:
     assert_one_line(cli(verb, "run.name=nope"), ["run.name: no run in runs/nope", "train it first"])
     assert files(tmp_path) == []
 
 
 def test_unknown_verb_is_named(cli: Cli) -> None:
-    assert_one_line(cli("trian"), ["trian: no such verb", "prepare, train, launch, generate, report"])
+    assert_one_line(cli("trian"), ["trian: no such verb", "prepare, train, launch, generate, evaluate, report"])
 
 
 @pytest.mark.parametrize("dry_run", ["true", "false"])

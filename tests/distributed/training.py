@@ -55,7 +55,7 @@ class Run:
         from nano_pretrain.train.step import Trainable
 
         self.corpus = open_corpus(Path(recipe.data.path))
-        curriculum = Curriculum(recipe, {name: stream.tokens for name, stream in self.corpus.train.items()})
+        curriculum = Curriculum(recipe, self.corpus.sizes)
         self.stage = curriculum.stage_at(0)
         place, context = data_parallel_place(), context_parallel_place()
         self.reader = BatchReader(self.corpus, curriculum, place, True, torch.device("cpu"), context)
@@ -144,3 +144,23 @@ def heldout_loss(recipe: Recipe, layout: ParallelConfig) -> dict[str, Any]:
         run.trainable.gather_parameters()
         run.trainable.wrapped.eval()
         return heldout.evaluate(run.trainable.run)
+
+
+def length_lines(recipe: Recipe, layout: ParallelConfig) -> list[dict[str, Any]]:
+    """What is evaluated for length after a step."""
+    import torch
+
+    from nano_pretrain.evaluate.length import LengthSuite, Subject, greedy, holds_whole_model
+
+    with groups(layout) as platform:
+        run = Run(recipe, layout, platform)
+        run.train(1)
+        model, eod_id, complete = run.trainable.model, run.corpus.eod_id, None
+        if holds_whole_model(recipe, layout, platform.name):
+            complete = greedy(model, eod_id, recipe.model.vocab_size)
+        suite = LengthSuite(recipe.evaluate, recipe, run.corpus)
+        # As callbacks.LengthEvaluation does it.
+        run.trainable.gather_parameters()
+        run.trainable.wrapped.eval()
+        subject = Subject(run.trainable.run, complete, torch.device("cpu"))
+        return suite.evaluate(subject, suite.shapes(layout, run.stage.config))

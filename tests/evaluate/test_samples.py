@@ -17,23 +17,23 @@ from tests.checkpoint.test_manifest import write
 
 def test_newest_checkpoint_is_taken_unless_one_is_named(tmp_path: Path) -> None:
     old, new = write(tmp_path, 64), write(tmp_path, 128)
-    assert chosen_checkpoint(tmp_path, None) == new
-    assert chosen_checkpoint(tmp_path, 64) == old
+    assert chosen_checkpoint(tmp_path, None, "generate") == new
+    assert chosen_checkpoint(tmp_path, 64, "generate") == old
     with pytest.raises(
         UserError, match=r"generate\.checkpoint: no whole checkpoint at 96 tokens; choose one of 64, 128"
     ):
-        chosen_checkpoint(tmp_path, 96)
+        chosen_checkpoint(tmp_path, 96, "generate")
 
 
 def test_checkpoint_of_changed_content_is_refused(tmp_path: Path) -> None:
     (write(tmp_path, 64) / "common.pt").write_bytes(b"y")
     with pytest.raises(UserError, match=r"damaged \(common\.pt\)"):
-        chosen_checkpoint(tmp_path, None)
+        chosen_checkpoint(tmp_path, None, "generate")
 
 
 def test_run_without_checkpoints_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no whole checkpoint; train the run first"):
-        chosen_checkpoint(tmp_path, None)
+        chosen_checkpoint(tmp_path, None, "generate")
 
 
 def test_sample_drawn_again_replaces_the_one_before(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from nano_pretrain.compose import compose
 from nano_pretrain.data.curriculum import Curriculum, PhasePlan
+from nano_pretrain.data.ranges import SourceSize
 from nano_pretrain.plan.params import count_parameters
 from nano_pretrain.recipe.derived import stage_layout, stage_ranks
 from nano_pretrain.recipe.errors import UserError
@@ -83,7 +84,7 @@ def phases(recipe: Recipe) -> list[PhasePlan]:
     pretrain = recipe.stages["pretrain"]
     sources = {source for phase in pretrain.phases.values() for source in phase.blend}
     endless = replace(recipe, stages={"pretrain": pretrain}, data=replace(recipe.data, max_epochs=1e9))
-    return list(Curriculum(endless, dict.fromkeys(sources, 10**7)).stages[0].phases)
+    return list(Curriculum(endless, dict.fromkeys(sources, SourceSize((10**7,)))).stages[0].phases)
 
 
 @pytest.mark.parametrize("name", PARAMETERS)

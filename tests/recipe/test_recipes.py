@@ -8,6 +8,7 @@ import pytest
 
 from nano_pretrain.compose import compose
 from nano_pretrain.data.curriculum import Curriculum
+from nano_pretrain.data.ranges import SourceSize
 from nano_pretrain.plan.params import count_parameters
 from nano_pretrain.recipe.derived import padded_vocab_size
 from nano_pretrain.recipe.load import tree
@@ -36,7 +37,7 @@ def test_phases_fill_their_stage_and_the_blends_weigh_something(name: str) -> No
     recipe = recipe_named(name)
     sources = {source for stage in recipe.stages.values() for phase in stage.phases.values() for source in phase.blend}
     unlimited = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, max_epochs=1e9))
-    curriculum = Curriculum(unlimited, dict.fromkeys(sources, 10**7))
+    curriculum = Curriculum(unlimited, dict.fromkeys(sources, SourceSize((10**7,))))
     for stage, plan in zip(recipe.stages.values(), curriculum.stages, strict=True):
         assert 0 <= (plan.end_tokens - plan.start_tokens) - stage.tokens < plan.tokens_per_step
         assert plan.phases[0].start_tokens == plan.start_tokens

@@ -15,6 +15,7 @@ from hypothesis.extra.numpy import arrays
 from nano_pretrain.report import facts, words
 from nano_pretrain.report.course import schedule_marks, source_names, spans
 from nano_pretrain.report.curves import POINTS, smooth, thin
+from nano_pretrain.report.length import retrieval_table
 from nano_pretrain.report.record import read_record
 from nano_pretrain.report.style import looks, plain, spread
 from tests.report.synthetic_run import MANY_SOURCES, TOKENS, write_lines, write_run
@@ -154,7 +155,7 @@ def test_fp8_is_summed_up_by_operand(tmp_path: Path) -> None:
 
     write_lines(tmp_path / "fp8.jsonl", [step(1, 0.01, 0.02, 0.09), step(2, 0.02, 0.03, 0.025)])
     assert facts.quantisation_table(read_record(tmp_path)).rows == [
-        ("input", "2.00 %", "2.50 %", "3.00 %", "b", "48.00 %", "a", "0.00 %")
+        ("input", "2.00 %", "2.50 %", "3.00 %", "b", "48.00 %", "a", "0 %")
     ]
     (tmp_path / "fp8.jsonl").unlink()
     assert facts.quantisation_table(read_record(tmp_path)).rows == []
@@ -164,7 +165,8 @@ def test_fp8_is_summed_up_by_operand(tmp_path: Path) -> None:
 @given(
     st.dictionaries(st.sampled_from(["recipe.yaml", "environment.json", "ledger.json", "exit.json"]), _DOCUMENTS),
     st.dictionaries(
-        st.sampled_from(["metrics.jsonl", "validation.jsonl", "fp8.jsonl", "samples.jsonl"]), st.lists(_DOCUMENTS)
+        st.sampled_from(["metrics.jsonl", "validation.jsonl", "evaluation.jsonl", "fp8.jsonl", "samples.jsonl"]),
+        st.lists(_DOCUMENTS),
     ),
 )
 def test_any_json_is_read_and_summarised(documents: dict[str, Any], lines: dict[str, list[Any]]) -> None:
@@ -176,5 +178,6 @@ def test_any_json_is_read_and_summarised(documents: dict[str, Any], lines: dict[
         record = read_record(Path(name))
         assert len(facts.cards(record)) == 7
         assert len(schedule_marks(record)) <= 2 * len(record.recipe.get("stages") or "")
-        for table in (facts.heldout_table(record), facts.ledger_table(record), facts.quantisation_table(record)):
+        summaries = (facts.heldout_table, facts.ledger_table, facts.quantisation_table, retrieval_table)
+        for table in (summary(record) for summary in summaries):
             assert all(len(row) == len(table.header) for row in table.rows)

@@ -12,6 +12,7 @@ import pytest
 
 from nano_pretrain.compose import compose
 from nano_pretrain.data.curriculum import Curriculum
+from nano_pretrain.data.ranges import SourceSize
 from nano_pretrain.parallel.groups import Ranks
 from nano_pretrain.plan.memory import stage_memory
 from nano_pretrain.platform.base import Memory
@@ -56,7 +57,8 @@ def two_stages() -> Recipe:
 
 def check_room(recipe: Recipe, begun: int, world_size: int, memory: Memory) -> None:
     """What a CPU rank is asked whose next stage is number `begun`."""
-    stages = Curriculum(recipe, dict.fromkeys(recipe.stages["pretrain"].phases["p1"].blend, 10**12)).stages
+    sizes = dict.fromkeys(recipe.stages["pretrain"].phases["p1"].blend, SourceSize((10**12,)))
+    stages = Curriculum(recipe, sizes).stages
     machine: Any = SimpleNamespace(name="cpu", memory=lambda local_rank: memory)
     _check_room(recipe, machine, Ranks(0, world_size, 0), stages[begun:])
 

@@ -120,8 +120,7 @@ def test_validation_is_equal(battered: tuple[Path, list[Finished]], undisturbed:
 
 def test_ledger_is_the_closed_form(small: SmallRuns, battered: tuple[Path, list[Finished]]) -> None:
     recipe = compose(small.command("launch", "battered")[1:]).recipe
-    streams = open_corpus(small.corpus).train
-    curriculum = Curriculum(recipe, {name: stream.tokens for name, stream in streams.items()})
+    curriculum = Curriculum(recipe, open_corpus(small.corpus).sizes)
     written = json.loads((battered[0] / "ledger.json").read_text())
     assert written == ledger(curriculum, TOKENS)
     assert sum(source["tokens"] for source in written["sources"].values()) == TOKENS

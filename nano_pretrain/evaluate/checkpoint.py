@@ -1,0 +1,128 @@
+"""The verb `evaluate`: a checkpoint on one rank, and tables on the terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from nano_pretrain.checkpoint.manifest import read_manifest
+from nano_pretrain.data.curriculum import Curriculum
+from nano_pretrain.data.shards import Corpus, open_corpus
+from nano_pretrain.evaluate.generate import ALONE, chosen_checkpoint, model_of, without_fp8
+from nano_pretrain.evaluate.length import LengthSuite, Subject, greedy
+from nano_pretrain.evaluate.room import without_room_for_weights
+from nano_pretrain.evaluate.rows import Run
+from nano_pretrain.platform import current_platform
+from nano_pretrain.recipe.errors import RecipeError, UserError
+from nano_pretrain.recipe.schema import EvaluateConfig, Recipe
+
+
+def evaluate_checkpoint(recipe: Recipe, options: EvaluateConfig, run_dir: Path) -> list[dict[str, Any]]:
+    """Evaluate a checkpoint at each length; returns the lines of evaluation.jsonl.
+
+    As `generate`, in the dtype of the weights: BF16 where the run was in FP8.
+
+    Args:
+        recipe: the run's recipe.
+        options: what to evaluate.
+        run_dir: directory of the run.
+
+    Raises:
+        UserError: no length is given, there is no such checkpoint, the corpus is another, or a length does not fit the
+            tasks, the held-out text or the memory.
+    """
+    if not options.lengths:
+        raise RecipeError("evaluate.lengths", "is empty", "write for example evaluate.lengths=[512,4096]")
+    path = chosen_checkpoint(run_dir, options.checkpoint, "evaluate")
+    corpus = _corpus_of(recipe, path)
+    suite = LengthSuite(options, without_fp8(recipe), corpus)
+    tokens = int(path.name)
+    stage = Curriculum(recipe, corpus.sizes).stage_at(max(0, tokens - 1))
+    shapes = suite.shapes(ALONE, stage.config)
+    _check_room(without_fp8(recipe), shapes)
+    with model_of(recipe, path, max(options.lengths)) as model, _bar(suite.tokens) as progress:
+        model.eval()
+        complete = greedy(model, corpus.eod_id, recipe.model.vocab_size)
+        subject = Subject(_run_of(model), complete, next(model.parameters()).device, progress)
+        return [{"tokens": tokens, "stage": stage.name, **line} for line in suite.evaluate(subject, shapes)]
+
+
+def show(lines: list[dict[str, Any]], console: Console) -> None:
+    """Print the scores of each task and length, and the loss by position."""
+    console.print(f"after {lines[0]['tokens']:,} tokens, stage {lines[0]['stage']}", style="bold")
+    tables = [_retrieval_table(lines)] if lines[0]["retrieval"] else []
+    for table in [*tables, _positions_table(lines)]:
+        console.print(table)
+
+
+def _retrieval_table(lines: list[dict[str, Any]]) -> Table:
+    table = Table("task", "length", "examples", "right answer ranked first", "chance", "generated exactly")
+    for line in lines:
+        for task, found in line["retrieval"].items():
+            row = (task, f"{line['length']:,}", str(line["examples"]), _estimate(found["rank"]))
+            table.add_row(*row, f"{found['chance']:.2f}", _estimate(found["match"]))
+    return table
+
+
+def _positions_table(lines: list[dict[str, Any]]) -> Table:
+    table = Table("held-out loss at positions", *(f"{line['length']:,} tokens" for line in lines))
+    samples = (f"{line['positions']['samples']}, {line['positions']['documents']} documents" for line in lines)
+    table.add_row("samples", *samples)
+    rows: dict[int, list[str]] = {}
+    for number, line in enumerate(lines):
+        bins = line["positions"]["bins"]
+        for start, loss, error in zip(bins["edges"], bins["loss"], bins["standard_error"], strict=False):
+            cells = rows.setdefault(start, [""] * len(lines))
+            cells[number] = _estimate({"score": loss, "standard_error": error})
+    for start, cells in sorted(rows.items()):
+        table.add_row(f"from {start:,}", *cells)
+    table.add_row("all", *(_estimate({**line["positions"], "score": line["positions"]["loss"]}) for line in lines))
+    return table
+
+
+def _estimate(found: dict[str, Any]) -> str:
+    error = found["standard_error"]
+    return f"{found['score']:.3f}" + ("" if error is None else f" ± {error:.3f}")
+
+
+def _corpus_of(recipe: Recipe, checkpoint: Path) -> Corpus:
+    corpus, manifest = open_corpus(Path(recipe.data.path)), read_manifest(checkpoint)
+    if manifest is not None and manifest.corpus != corpus.fingerprint:
+        raise UserError(
+            f"data.path: the shards in {corpus.path} are not those that {checkpoint} was trained on; restore them"
+        )
+    return corpus
+
+
+def _check_room(recipe: Recipe, shapes: list[tuple[int, int]]) -> None:
+    platform = current_platform()
+    for refusal in without_room_for_weights(recipe, ALONE, shapes, platform.name, platform.memory(0)):
+        raise refusal
+
+
+def _run_of(model: Any) -> Run:
+    """What `Trainable.run` does, for a model of one rank without its optimizer."""
+
+    def run(batches: Iterator[Any], count: int, shape: tuple[int, int], forward_only: bool, score: Any) -> list[Any]:
+        return [
+            score(batch, model(batch.tokens, None, batch.documents, labels=batch.labels))
+            for batch in islice(batches, count)
+        ]
+
+    return run
+
+
+@contextmanager
+def _bar(total: int) -> Iterator[Callable[[int], None]]:
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(file=sys.stderr)) as bar:
+        task = bar.add_task("evaluating", total=total)
+        yield lambda tokens: bar.advance(task, tokens)
