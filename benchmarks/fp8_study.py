@@ -1,6 +1,6 @@
 """What FP8 changes in the loss: paired runs of a small hybrid on real text, the same data and weights in each pair.
 
-    python -m benchmarks.fp8_study [--seeds 5] [--at-once 2] [--tokens 4194304] [--directory runs/fp8-study]
+    python -m benchmarks.fp8_study [--seeds 3] [--at-once 2] [--tokens 4194304] [--directory runs/fp8-study]
 
 Every run is `nano-pretrain train` on one rank with one thread. Interrupt it whenever you like: the same command goes on
 from the newest checkpoints and leaves finished runs alone. Writes `study.md`, `study.json` and `study.png` there.
@@ -42,8 +42,9 @@ REFERENCE = next(iter(ARMS))
 
 MODEL = [
     "recipe=tiny", "model.pattern=M-M-M-M*-M-M-M*-", "model.hidden_size=128", "model.ffn_hidden_size=512",
-    "model.num_attention_heads=4", "model.num_query_groups=2", "model.mamba_head_dim=16", "model.mamba_num_groups=2",
-    "model.init_std=0.08",
+    "model.num_attention_heads=4", "model.num_query_groups=2", "model.mamba_num_heads=16", "model.mamba_head_dim=16",
+    "model.mamba_num_groups=2",
+    "model.init_std=0.08", "extension=none", "evaluate.lengths=[]",
 ]  # fmt: skip
 COURSE = [
     "stages.pretrain.global_batch_size=8", "validation.every=0", "validation.tokens_per_source=65536",
@@ -281,7 +282,7 @@ def write_results(study: Study) -> None:
 def main() -> None:
     """Run what is missing, then compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=5, help="pairs of runs")
+    parser.add_argument("--seeds", type=int, default=3, help="pairs of runs")
     parser.add_argument("--at-once", type=int, default=2, help="runs at a time, a core each")
     parser.add_argument("--tokens", type=int, default=4_194_304, help="training tokens of a run")
     parser.add_argument("--directory", type=Path, default=Path("runs/fp8-study"))

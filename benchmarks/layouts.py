@@ -32,6 +32,7 @@ LAYOUTS = {
     "PP2 x CP2": (4, ["parallel.pipeline=2", "parallel.context=2"]),
 }
 QUIET = [
+    "extension=none", "evaluate.lengths=[]",
     "stages.pretrain.schedule.warmup_tokens=8192", "stages.pretrain.schedule.decay_tokens=8192",
     "stages.pretrain.micro_batch_size=4", "validation.every=0", "validation.tokens_per_source=512",
     "validation.baselines=false", "validation.prompts=[]", "checkpoint.every=0", "log.wandb=disabled",

@@ -19,6 +19,7 @@ from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nano_pretrain.data.phases import phase_lengths, phase_weights
+from nano_pretrain.recipe.derived import stage_tokens
 from nano_pretrain.recipe.errors import UserError
 from nano_pretrain.recipe.explain import check_truths, explain
 from nano_pretrain.recipe.load import tree, typed_recipe
@@ -61,7 +62,7 @@ def compose(overrides: Sequence[str]) -> Job:
     recipe = typed_recipe(_without_hydra(config))
     check_truths(recipe, overrides)
     for name, stage in recipe.stages.items():
-        validate_schedule(stage.schedule, stage.tokens, f"stages.{name}.schedule")
+        validate_schedule(stage.schedule, stage_tokens(stage), f"stages.{name}.schedule")
         phase_lengths(f"stages.{name}", stage)
         for phase_name, phase in stage.phases.items():
             # Which sources there are is known once the corpus is.

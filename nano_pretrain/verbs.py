@@ -58,13 +58,14 @@ def train(recipe: Recipe, overrides: list[str]) -> int:
     directory = run_directory(recipe)
     rank, world_size = _started_as()
     first = rank == 0
-    curriculum = check_before(recipe, directory, first)
+    curriculum = check_before(recipe, overrides, directory, first)
+    recipe = curriculum.recipe
     if (code := answer(recipe, directory, curriculum, speaks=first)) is not None:
         return code
     check_started_ranks(recipe, directory, curriculum, world_size)
     from nano_pretrain.train.run import train as run_training
 
-    return run_training(recipe, directory, request)
+    return run_training(recipe, curriculum.acts, directory, request)
 
 
 def _started_as() -> tuple[int, int]:
@@ -85,7 +86,8 @@ def launch(recipe: Recipe, overrides: list[str]) -> int:
     from nano_pretrain.train.before import answer, asks_for_restart, check_before, next_stage
 
     directory = run_directory(recipe)
-    curriculum = check_before(recipe, directory, first_rank=True)
+    curriculum = check_before(recipe, overrides, directory, first_rank=True)
+    recipe = curriculum.recipe
     if (code := answer(recipe, directory, curriculum, speaks=True)) is not None:
         return code
     command = [sys.executable, "-m", "nano_pretrain", "train", *overrides, f"run.name='{recipe.run.name}'"]

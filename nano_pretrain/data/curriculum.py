@@ -1,6 +1,6 @@
 """The curriculum of a run: stages, phases and blends, and the address of every sample, as functions of consumed tokens.
 
-Samples of a stage are numbered from 0; step s of the stage takes the samples from s * global_batch_size on. Nothing
+Samples of a stage are numbered from 0, and each step takes the next ones. Nothing
 here depends on the layout, the micro-batch or where a run was interrupted, and nothing that was read on how long its
 phase, or the first stage, is.
 """
@@ -14,8 +14,10 @@ from fractions import Fraction
 from functools import cached_property
 
 from nano_pretrain.data.blend import LARGEST_WINDOW, PhaseBlend, Weights, ramped, steady, widened_window
-from nano_pretrain.data.phases import phase_lengths, phase_weights, require_positive
+from nano_pretrain.data.course import phase_ends, stage_clock
+from nano_pretrain.data.phases import phase_weights, require_positive
 from nano_pretrain.data.ranges import Need, SourceRanges, SourceSize
+from nano_pretrain.recipe.acts import Act, undone
 from nano_pretrain.recipe.errors import RecipeError
 from nano_pretrain.recipe.schema import Recipe, StageConfig
 from nano_pretrain.schedule.clock import TokenClock
@@ -85,10 +87,9 @@ class StagePlan:
         end_tokens: tokens the run has consumed after its last step, which is a whole one.
         first_step: steps of the run before it.
         steps: its steps.
-        tokens_per_step: global_batch_size * sequence_length.
         sequence_length: tokens of a sample.
         micro_batch_size: samples a rank holds in one forward pass.
-        global_batch_size: samples of a step.
+        clock: its steps.
         config: the stage in the recipe.
         phases: its phases, in order.
     """
@@ -98,17 +99,29 @@ class StagePlan:
     end_tokens: int
     first_step: int
     steps: int
-    tokens_per_step: int
     sequence_length: int
     micro_batch_size: int
-    global_batch_size: int
+    clock: TokenClock
     config: StageConfig
     phases: tuple[PhasePlan, ...]
 
     @property
-    def clock(self) -> TokenClock:
-        """Its steps and tokens."""
-        return TokenClock(self.start_tokens, self.config.tokens, self.tokens_per_step)
+    def global_batch_size(self) -> int:
+        """Samples of a step; where the number changes, of the last ones."""
+        return self.config.global_batch_size
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of a step; where the number changes, of the last ones."""
+        return self.config.global_batch_size * self.sequence_length
+
+    def samples_at(self, tokens: int) -> int:
+        """Samples of the step that starts after `tokens` consumed tokens.
+
+        Raises:
+            ValueError: no step of the stage starts there.
+        """
+        return self.clock.step_tokens(tokens) // self.sequence_length
 
     def samples_before(self, tokens: int) -> int:
         """Samples of the stage in its first `tokens - start_tokens` tokens."""
@@ -136,9 +149,11 @@ class Curriculum:
     Args:
         recipe: stages with blends as mappings source -> weight; seed, window and limit of epochs in its data section.
         sizes: of each source there is.
+        acts: what the run was told in mid-run, as in the recipe. What was read before an act does not depend on it.
 
     Attributes:
-        recipe, sizes: see above.
+        recipe, sizes, acts: see above.
+        origin: the curriculum that the run began with.
         stages: the stages, in order.
         sources: what the stages read of each source of a blend.
         total_steps: steps of the run.
@@ -152,9 +167,11 @@ class Curriculum:
     total_steps: int
     total_tokens: int
 
-    def __init__(self, recipe: Recipe, sizes: Mapping[str, SourceSize]) -> None:
+    def __init__(self, recipe: Recipe, sizes: Mapping[str, SourceSize], acts: Sequence[Act] = ()) -> None:
         self.recipe = recipe
         self.sizes = sizes
+        self.acts = tuple(acts)
+        self.origin: Curriculum = Curriculum(undone(recipe, acts), sizes) if acts else self
         if not recipe.stages:
             raise RecipeError("stages", "is empty", "name at least one stage")
         _check_window(recipe.data.quota_window)
@@ -198,9 +215,9 @@ class Curriculum:
             ValueError: no step starts there, or an offset is outside the global batch.
         """
         stage = self.stage_at(tokens)
-        first = stage.clock.step_at(tokens) * stage.global_batch_size
-        if any(not 0 <= offset < stage.global_batch_size for offset in offsets):
-            raise ValueError(f"offsets {list(offsets)} reach outside a global batch of {stage.global_batch_size}")
+        first, batch = stage.samples_before(tokens), stage.samples_at(tokens)
+        if any(not 0 <= offset < batch for offset in offsets):
+            raise ValueError(f"offsets {list(offsets)} reach outside a global batch of {batch}")
         return [self.locate(stage.name, first + offset) for offset in offsets]
 
     def locate(self, stage: str, sample: int) -> SampleAddress:
@@ -255,39 +272,39 @@ class Curriculum:
         config = self.recipe.stages[name]
         for item in ("tokens", "sequence_length", "global_batch_size"):
             require_positive(f"stages.{name}.{item}", getattr(config, item))
-        tokens_per_step = config.global_batch_size * config.sequence_length
-        clock = TokenClock(previous.end_tokens if previous else 0, config.tokens, tokens_per_step)
+        first = self.origin.recipe.stages[name]
+        clock = stage_clock(name, first, config, self.acts, previous.end_tokens if previous else 0)
         return StagePlan(
             name=name,
             start_tokens=clock.start_tokens,
             end_tokens=clock.end_tokens,
             first_step=previous.first_step + previous.steps if previous else 0,
             steps=clock.steps,
-            tokens_per_step=tokens_per_step,
             sequence_length=config.sequence_length,
             micro_batch_size=config.micro_batch_size,
-            global_batch_size=config.global_batch_size,
+            clock=clock,
             config=config,
             phases=self._plan_phases(name, config, clock),
         )
 
     def _plan_phases(self, stage: str, config: StageConfig, clock: TokenClock) -> tuple[PhasePlan, ...]:
         phases: list[PhasePlan] = []
-        boundary = Fraction(0)
+        begin, length = clock.start_tokens, config.sequence_length
         before: Weights | None = None
-        for name, length in phase_lengths(f"stages.{stage}", config).items():
-            first, boundary = clock.first_step_from(boundary), boundary + length
-            end = clock.first_step_from(boundary)
+        for name, phase_end in phase_ends(stage, self.origin.recipe.stages[stage], self.acts, begin).items():
+            start = phases[-1].end_tokens if phases else begin
+            end = clock.border_from(phase_end)
             field = f"stages.{stage}.phases.{name}"
-            if first == end:
-                problem = f"no step of {clock.tokens_per_step} tokens begins in its {float(length):.0f} tokens"
+            if start == end and self.acts:
+                continue  # An act has ended the stage before it.
+            if start == end:
+                problem = f"no step of {clock.tokens_per_step} tokens begins in it"
                 raise RecipeError(field, problem, "make it longer or leave it out")
             weights = phase_weights(f"{field}.blend", config.phases[name].blend, self.sizes)
-            start_tokens, end_tokens = (clock.start_tokens + step * clock.tokens_per_step for step in (first, end))
-            first_sample, samples = first * config.global_batch_size, (end - first) * config.global_batch_size
             blend = self._blend(stage, name, before, weights)
             given = phases[-1].given_after(phases[-1].samples) if phases else {}
-            phases.append(PhasePlan(name, start_tokens, end_tokens, first_sample, samples, blend, given))
+            samples = (end - start) // length
+            phases.append(PhasePlan(name, start, end, (start - begin) // length, samples, blend, given))
             before = weights
         return tuple(phases)
 
@@ -305,6 +322,8 @@ class Curriculum:
         return blend
 
     def _ranges(self, source: str) -> SourceRanges:
+        if self.origin is not self and source in self.origin.sources:
+            return self._ranges_begun(source)
         first, *later = self.stages
         # At least one sample, so that every source of a blend can be read.
         reads = {stage.name: max(stage.reads[source], 1) for stage in self.stages if source in stage.reads}
@@ -314,6 +333,14 @@ class Curriculum:
         for stage, part in ranges.by_stage.items():
             if not part.samples:
                 self._refuse(self._by_name[stage], source)
+        return ranges
+
+    def _ranges_begun(self, source: str) -> SourceRanges:
+        """Those that the run began with; stages that were told to read the source since then have the whole of it."""
+        ranges = self.origin.sources[source]
+        for stage in self.stages:
+            if source in stage.reads and stage.name not in ranges.by_stage:
+                ranges = ranges.shared_with(stage.name, stage.sequence_length)
         return ranges
 
     def _refuse(self, stage: StagePlan, source: str) -> None:

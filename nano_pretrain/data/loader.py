@@ -68,7 +68,7 @@ class BatchReader:
         """The micro-batches of the step that starts after `consumed` tokens."""
         stage = self.curriculum.stage_at(consumed)
         width = stage.micro_batch_size
-        for start in range(self.rank * width, stage.global_batch_size, self.size * width):
+        for start in range(self.rank * width, stage.samples_at(consumed), self.size * width):
             addresses = self.curriculum.samples(consumed, range(start, start + width))
             length = stage.sequence_length
             rows = [self.corpus.train[a.source].read(a.start, length + 1) for a in addresses]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -179,6 +180,14 @@ class SourceRanges:
             if need.samples
         }
         self.shared = spans is None and len(self.by_stage) > 1
+        self._key = key
+
+    def shared_with(self, stage: str, sequence_length: int) -> SourceRanges:
+        """A copy in which another stage reads the whole source; nothing changes for those that read it already."""
+        other = copy(self)
+        whole = StageRange(self.size.spans, sequence_length, (*self._key, stage))
+        other.by_stage, other.shared = {**self.by_stage, stage: whole}, True
+        return other
 
     def epochs(self, read: Mapping[str, int]) -> Fraction:
         """How often the source was read: tokens read over the tokens of all ranges."""

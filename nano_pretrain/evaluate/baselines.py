@@ -43,11 +43,11 @@ def _consumed_samples(corpus: Corpus, curriculum: Curriculum) -> list[npt.NDArra
     """Every sample of the run with its last label, each once."""
     samples: dict[tuple[str, int, int], npt.NDArray[np.int64]] = {}
     for stage in curriculum.stages:
-        for tokens in range(stage.start_tokens, stage.end_tokens, stage.tokens_per_step):
-            for address in curriculum.samples(tokens, range(stage.global_batch_size)):
-                key = (address.source, address.start, stage.sequence_length)
-                if key not in samples:
-                    samples[key] = corpus.train[address.source].read(address.start, stage.sequence_length + 1)
+        for sample in range(stage.samples_before(stage.end_tokens)):
+            address = curriculum.locate(stage.name, sample)
+            key = (address.source, address.start, stage.sequence_length)
+            if key not in samples:
+                samples[key] = corpus.train[address.source].read(address.start, stage.sequence_length + 1)
     return list(samples.values())
 
 

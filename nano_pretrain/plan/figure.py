@@ -15,6 +15,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from nano_pretrain.data.curriculum import PhasePlan, StagePlan
 from nano_pretrain.plan.data import DataPlan
+from nano_pretrain.recipe.derived import stage_tokens
 from nano_pretrain.recipe.schema import ScheduleConfig
 from nano_pretrain.report import words
 from nano_pretrain.report.style import DPI, FAINT, INK, LINE, Look, looks, plain
@@ -61,7 +62,7 @@ def _widths(stages: Sequence[StagePlan]) -> list[float]:
 
 def _learning_rate(ax: Axes, stage: StagePlan, peak: float) -> None:
     """The curve, with its value where it turns; every turn is among the points."""
-    schedule, length = stage.config.schedule, stage.config.tokens
+    schedule, length = stage.config.schedule, stage_tokens(stage.config)
     turns = _turns(schedule, length)
     tokens = sorted({*np.linspace(0, length, POINTS).astype(np.int64).tolist(), *turns})
     ax.plot(tokens, [learning_rate(schedule, length, consumed) for consumed in tokens], color=LINE, linewidth=1.8)

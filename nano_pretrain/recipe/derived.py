@@ -30,6 +30,21 @@ def stage_ranks(recipe: Recipe, stage: StageConfig) -> int:
     return recipe.cluster.gpus if stage.gpus is None else stage.gpus
 
 
+def stage_tokens(stage: StageConfig) -> int:
+    """Tokens that a stage asks for."""
+    return stage.tokens if stage.schedule.extend_to is None else stage.schedule.extend_to
+
+
+def batch_sizes(stage: StageConfig) -> list[tuple[int, int]]:
+    """Tokens of the stage, and samples of the steps that start there or later, up to the next pair."""
+    ramp = stage.batch_ramp
+    if ramp is None:
+        return [(0, stage.global_batch_size)]
+    steps = max(1, (stage.global_batch_size - ramp.start) // ramp.increment)
+    sizes = [(ramp.tokens * step // steps, ramp.start + step * ramp.increment) for step in range(steps)]
+    return [*sizes, (ramp.tokens, stage.global_batch_size)]
+
+
 @dataclass(frozen=True)
 class MambaShape:
     """Derived widths of a Mamba-2 layer (Dao and Gu 2024, section 7), in channels.

@@ -97,17 +97,6 @@ def recorded_recipe(run_dir: Path) -> Recipe:
     return recipe
 
 
-def check_same_run(recipe: Recipe, run_dir: Path) -> None:
-    """Refuse to go on in `run_dir` with a recipe that would learn something else.
-
-    Raises:
-        UserError: a field that is not free on resume differs from the recorded recipe.
-    """
-    if (run_dir / "recipe.yaml").exists():
-        for field, new, old, _ in differences(recipe, recorded_recipe(run_dir)):
-            refuse_difference(field, new, old, run_dir)
-
-
 def differences(new: Any, old: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any, Resume]]:
     """Fields that are not free and differ, depth first, in the schema's order.
 

@@ -16,7 +16,7 @@ from nano_pretrain.recipe.rules_fp8 import fp8_multiples
 from nano_pretrain.recipe.rules_gpu import cuda_graphs, tensor_overlap
 from nano_pretrain.recipe.rules_precision import bf16_linears
 from nano_pretrain.recipe.rules_ranks import check_layout, divides
-from nano_pretrain.recipe.rules_stages import whole_steps
+from nano_pretrain.recipe.rules_stages import batch_ramps, whole_steps
 from nano_pretrain.recipe.schema import Recipe
 
 POSITIVE = frozenset({
@@ -26,19 +26,20 @@ POSITIVE = frozenset({
     "global_batch_size", "gpus", "train_bytes", "max_bytes_per_source", "max_epochs", "quota_window",
     "tokens_per_source", "keep", "timeout_seconds", "threads_per_rank", "peak_tflops", "max_new_tokens",
     "grace_seconds", "share", "storage_gigabytes_per_second", "checkpoint",
-    "bucket_size", "concurrency", "examples",
+    "bucket_size", "concurrency", "examples", "start", "increment", "extend_to",
 })  # fmt: skip
 """Last names of the fields that must be above 0."""
 
 NOT_NEGATIVE = frozenset({
     "bf16_first_linears", "bf16_last_linears", "weight_decay", "min_lr", "warmup_tokens", "decay_tokens", "every",
-    "fp8_every", "temperature", "seed",
+    "fp8_every", "temperature", "seed", "ramp_tokens",
 })  # fmt: skip
 """Last names of the fields that must be 0 or above."""
 
 LARGEST = {
     "seed": 2**63 - 1,
     "tokens": 10**18,
+    "extend_to": 10**18,
     "checkpoint": 10**18,
     "bucket_size": 10**12,
     "max_new_tokens": 10**6,
@@ -53,7 +54,8 @@ LARGEST = {
     **dict.fromkeys(("tensor", "pipeline", "context"), 10**6),
     **dict.fromkeys(("max_epochs", "keep", "peak_tflops", "storage_gigabytes_per_second"), 10**6),
     **dict.fromkeys(("sequence_length", "global_batch_size", "micro_batch_size", "gpus"), 10**9),
-    **dict.fromkeys(("train_bytes", "max_bytes_per_source", "tokens_per_source", "quota_window"), 10**15),
+    **dict.fromkeys(("train_bytes", "max_bytes_per_source", "tokens_per_source"), 10**15),
+    "quota_window": 2**20,
     **dict.fromkeys(("every", "fp8_every"), 10**15),
     **dict.fromkeys(("lr", "init_std", "weight_decay", "temperature"), 100),
     **dict.fromkeys(("norm_epsilon", "eps"), 1),
@@ -239,6 +241,7 @@ RULES: tuple[Callable[[Recipe], None], ...] = (
     data_settings,
     optimizer_ranges,
     bf16_linears,
+    batch_ramps,
     layouts,
     fp8_multiples,
     distributed_optimizer,

@@ -123,34 +123,50 @@ class OptimizerConfig:
 class ScheduleConfig:
     """Learning rate as a function of the tokens consumed since the stage began."""
 
-    kind: str = option("wsd", "wsd | cosine | constant.", RECORDED)
-    lr: float = option(MISSING, "Peak learning rate.", RECORDED)
-    min_lr: float = option(0.0, "Learning rate at the end of the stage.", RECORDED)
-    warmup_tokens: int = option(0, "Tokens of linear warm-up from zero.", RECORDED)
-    decay_tokens: int = option(0, "Tokens of the final decay of WSD.", RECORDED)
-    decay_shape: str = option("minus_sqrt", "Shape of the decay of WSD: linear | cosine | minus_sqrt.", RECORDED)
+    kind: str = option("wsd", "wsd | cosine | constant.", FIXED)
+    lr: float = option(MISSING, "Peak learning rate.", FIXED)
+    min_lr: float = option(0.0, "Learning rate at the end of the stage.", FIXED)
+    warmup_tokens: int = option(0, "Tokens of linear warm-up from zero.", FIXED)
+    decay_tokens: int = option(0, "Tokens of the final decay of WSD.", FIXED)
+    decay_shape: str = option("minus_sqrt", "Shape of the decay of WSD: linear | cosine | minus_sqrt.", FIXED)
+    extend_to: Optional[int] = option(
+        None,
+        "Tokens at which the stage ends instead of `tokens`: a longer stable part or, with fewer, an earlier decay; "
+        "phases keep their shares of it.",
+        RECORDED,
+    )
 
 
 @dataclass
 class PhaseConfig:
     """One part of a stage with a blend of its own."""
 
-    share: Optional[float] = option(None, "Fraction of the stage's tokens.", RECORDED)
-    tokens: Optional[int] = option(None, "Tokens of the phase, instead of a share.", RECORDED)
+    share: Optional[float] = option(None, "Fraction of the stage's tokens.", FIXED)
+    tokens: Optional[int] = option(None, "Tokens of the phase, instead of a share.", FIXED)
     ramp_tokens: int = option(
-        0, "Tokens over which the blend moves from that of the phase before to its own; 0 switches at once.", RECORDED
+        0, "Tokens over which the blend moves from that of the phase before to its own; 0 switches at once.", FIXED
     )
     blend: Any = option(MISSING, "Mapping source -> weight, or the name of a file in data_blend/blends/.", RECORDED)
+
+
+@dataclass
+class BatchRampConfig:
+    """A global batch that grows in equal steps."""
+
+    start: int = option(MISSING, "Samples of the first optimizer steps.", FIXED)
+    increment: int = option(MISSING, "Samples by which a step grows each time.", FIXED)
+    tokens: int = option(MISSING, "Tokens after which a step has `global_batch_size` samples.", FIXED)
 
 
 @dataclass
 class StageConfig:
     """A span of tokens with one sequence length, batch and layout."""
 
-    tokens: int = option(MISSING, "Tokens of the stage.", RECORDED)
+    tokens: int = option(MISSING, "Tokens of the stage.", FIXED)
     sequence_length: int = option(MISSING, "Tokens of a sample.", FIXED)
     micro_batch_size: int = option(1, "Samples a rank holds in one forward pass.")
     global_batch_size: int = option(MISSING, "Samples of an optimizer step over all ranks.", RECORDED)
+    batch_ramp: Optional[BatchRampConfig] = option(None, "How the batch grows at the beginning; null: it does not.")
     schedule: ScheduleConfig = option(ScheduleConfig, "Learning-rate schedule.")
     phases: dict[str, PhaseConfig] = option(dict, "Phases in order: name -> share or tokens, and blend.")
     parallel: Optional[ParallelConfig] = option(None, "Layout of this stage; null means the recipe's `parallel`.")

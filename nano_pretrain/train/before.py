@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
 
@@ -13,26 +14,29 @@ from nano_pretrain.data.curriculum import Curriculum, StagePlan
 from nano_pretrain.data.shards import MANIFEST_NAME, Corpus, open_corpus
 from nano_pretrain.evaluate.prompts import check_lengths
 from nano_pretrain.platform.preflight import check_dependencies
+from nano_pretrain.recipe.acts import continuation, undone
 from nano_pretrain.recipe.derived import stage_layout
 from nano_pretrain.recipe.errors import EXIT_DONE, UserError
-from nano_pretrain.recipe.load import check_same_run
+from nano_pretrain.recipe.rules import check
 from nano_pretrain.recipe.rules_layout import layout_field
 from nano_pretrain.recipe.rules_ranks import check_ranks
 from nano_pretrain.recipe.schema import Recipe
 from nano_pretrain.recipe.split import stage_build
 from nano_pretrain.train.directory import check_not_held
+from nano_pretrain.train.told import check_act
 
 
-def check_before(recipe: Recipe, directory: Path, first_rank: bool) -> Curriculum:
+def check_before(recipe: Recipe, overrides: Sequence[str], directory: Path, first_rank: bool) -> Curriculum:
     """Refuse what cannot go well; writes nothing.
 
     Args:
-        recipe: the recipe.
+        recipe: as the command composes it.
+        overrides: of the command.
         directory: directory of the run.
         first_rank: whether this process is the launcher or the first rank, before which nobody holds the directory.
 
     Returns:
-        What the run reads.
+        What the run reads, by the recipe that it goes on with.
 
     Raises:
         UserError: a dependency is missing, or corpus, recipe and directory do not belong together, or another trainer
@@ -40,13 +44,19 @@ def check_before(recipe: Recipe, directory: Path, first_rank: bool) -> Curriculu
     """
     if newest_tokens(directory) is not None and not (directory / "recipe.yaml").exists():
         raise UserError(f"{directory}: has checkpoints and no recipe.yaml; bring it back or choose another run.name")
-    check_same_run(recipe, directory)
+    going_on = continuation(recipe, overrides, directory, newest_tokens(directory) or 0)
+    recipe = going_on.recipe
+    check(recipe)
     check_dependencies(recipe)
     corpus = open_corpus(Path(recipe.data.path))
     _check_corpus(recipe, directory, corpus)
     if first_rank:
         check_not_held(directory)
-    return Curriculum(recipe, corpus.sizes)
+    if going_on.told:
+        known = Curriculum(undone(recipe, going_on.told), corpus.sizes, going_on.acts)
+        for act in going_on.told:
+            check_act(act, known)
+    return Curriculum(recipe, corpus.sizes, (*going_on.acts, *going_on.told))
 
 
 def check_prepared_corpus(recipe: Recipe, directory: Path) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from nano_pretrain.data.curriculum import StagePlan
 from nano_pretrain.data.loader import BatchReader
 from nano_pretrain.parallel.groups import data_parallel_place
+from nano_pretrain.recipe.derived import stage_tokens
 from nano_pretrain.recipe.errors import RunError
 from nano_pretrain.recipe.split import stage_build
 from nano_pretrain.schedule.learning_rate import learning_rate
@@ -71,27 +72,29 @@ def _step(
     """One step on the clock; also whether a rank was asked to stop."""
     start = time.perf_counter()
     stage = session.curriculum.stage_at(session.tokens)
-    lr = learning_rate(
-        stage.config.schedule, stage.config.tokens, session.tokens + stage.tokens_per_step - stage.start_tokens
-    )
-    result = _optimize(session, reader, stage, lr, request)
+    batch = stage.samples_at(session.tokens)
+    after = session.tokens + batch * stage.sequence_length
+    lr = learning_rate(stage.config.schedule, stage_tokens(stage.config), after - stage.start_tokens)
+    result = _optimize(session, reader, stage, batch, lr, request)
     phase = session.curriculum.phase_at(session.tokens)
-    session.tokens += stage.tokens_per_step
+    session.tokens = after
     session.step += 1
-    speed, mfu = throughput.measure(stage, time.perf_counter() - start)
+    speed, mfu = throughput.measure(stage, batch, time.perf_counter() - start)
     record = StepRecord(
         session.step, session.tokens, result.loss, lr, result.grad_norm, speed, mfu,
-        stage.name, phase, stage.sequence_length, stage.global_batch_size,
+        stage.name, phase, stage.sequence_length, batch,
     )  # fmt: skip
     _check_finite(record)
     return record, result.stop
 
 
-def _optimize(session: Session, reader: BatchReader, stage: StagePlan, lr: float, request: StopRequest) -> StepResult:
+def _optimize(
+    session: Session, reader: BatchReader, stage: StagePlan, batch: int, lr: float, request: StopRequest
+) -> StepResult:
     ranks = data_parallel_place()[1]
     return session.trainable.step(
         reader.micro_batches(session.tokens),
-        stage.global_batch_size // (ranks * stage.micro_batch_size),
+        batch // (ranks * stage.micro_batch_size),
         (stage.sequence_length, stage.micro_batch_size),
         lr,
         request.signal_name is not None,

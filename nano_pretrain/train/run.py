@@ -33,7 +33,9 @@ from nano_pretrain.plan.room import without_room
 from nano_pretrain.platform import Platform, current_platform
 from nano_pretrain.platform.cuda_limits import check_cuda
 from nano_pretrain.platform.process import children_end_with_this_process
+from nano_pretrain.recipe.acts import HISTORY, Act, read_acts, written
 from nano_pretrain.recipe.derived import stage_layout
+from nano_pretrain.recipe.describe import as_written
 from nano_pretrain.recipe.errors import EXIT_CONTINUE, EXIT_DONE
 from nano_pretrain.recipe.load import to_yaml
 from nano_pretrain.recipe.schema import ParallelConfig, Recipe
@@ -53,11 +55,12 @@ if TYPE_CHECKING:
     from nano_pretrain.train.step import Trainable
 
 
-def train(recipe: Recipe, directory: Path, request: StopRequest) -> int:
+def train(recipe: Recipe, acts: Sequence[Act], directory: Path, request: StopRequest) -> int:
     """Train until the run is finished, a stop is requested, or the next stage needs other ranks or another layout.
 
     Args:
         recipe: checked recipe.
+        acts: what the run was told in mid-run.
         directory: directory of the run.
         request: whether to stop; its handlers are installed.
 
@@ -74,7 +77,7 @@ def train(recipe: Recipe, directory: Path, request: StopRequest) -> int:
             stack.enter_context(only_trainer(directory))
         ending = stack.enter_context(ExitFile(directory, ranks))
         stack.enter_context(full_disk_is_the_users_to_mend())
-        ending.set(*_train(recipe, directory, ranks, request, ending))
+        ending.set(*_train(recipe, acts, directory, ranks, request, ending))
         if ending.code == EXIT_DONE and ranks.is_first:
             _draw_samples(recipe, directory)
             ending.write()
@@ -101,7 +104,7 @@ def _report(directory: Path) -> Path:
 
 
 def _train(
-    recipe: Recipe, directory: Path, ranks: Ranks, request: StopRequest, ending: ExitFile
+    recipe: Recipe, acts: Sequence[Act], directory: Path, ranks: Ranks, request: StopRequest, ending: ExitFile
 ) -> tuple[int, str, bool]:
     """Exit code, reason, and whether other ranks are needed to go on."""
     platform = current_platform()
@@ -110,7 +113,7 @@ def _train(
 
         check_cuda(recipe, cuda_facts(ranks.local_rank))
     corpus = open_corpus(Path(recipe.data.path))
-    curriculum = Curriculum(recipe, corpus.sizes)
+    curriculum = Curriculum(recipe, corpus.sizes, acts)
     stage = next_stage(directory, curriculum)
     layout = stage_layout(recipe, stage.config)
     # Before kernels are compiled and the model is built: a machine whose memory is full kills without a word.
@@ -189,9 +192,19 @@ def _resume(session: Session) -> None:
             print(f"{session.directory}: so far with kernels: {before}; losses now differ by rounding", flush=True)
         truncate_streams(session.directory, session.tokens if manifest else -1)
         write_json(session.directory / "ledger.json", ledger(session.curriculum, session.tokens))
+        _record_acts(session)
         write_whole(session.directory / "recipe.yaml", to_yaml(session.recipe))
         write_json(session.directory / "environment.json", description)
     dist.barrier()
+
+
+def _record_acts(session: Session) -> None:
+    """Before recipe.yaml, in which they are done."""
+    acts = session.curriculum.acts
+    for act in acts[len(read_acts(session.directory)) :]:
+        print(f"{session.directory}: {act.field} is {as_written(act.after)} from {act.tokens:,} tokens on", flush=True)
+    if acts:
+        write_whole(session.directory / HISTORY, written(acts))
 
 
 def _heldout(session: Session, reset: bool, device: torch.device) -> HeldOut:

@@ -25,8 +25,8 @@ class Throughput:
         peak = stated * 1e12 if stated else session.platform.peak_flops(parameter.dtype) or 0.0
         self.peak_flops = all_ranks_max(peak, parameter.device) * session.ranks.world_size
 
-    def measure(self, stage: StagePlan, seconds: float) -> tuple[float, float | None]:
-        """Tokens per second over all ranks, and the share of the peak that the model's FLOPs make, if that is known."""
-        speed = stage.tokens_per_step / seconds
+    def measure(self, stage: StagePlan, samples: int, seconds: float) -> tuple[float, float | None]:
+        """Tokens per second of a step over all ranks, and the model FLOPs' share of the peak, if that is known."""
+        speed = samples * stage.sequence_length / seconds
         flops = count_flops(self.session.recipe.model, stage.sequence_length).training
         return speed, speed * flops / self.peak_flops if self.peak_flops else None

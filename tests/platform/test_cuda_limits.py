@@ -202,4 +202,4 @@ def test_train_checks_before_it_prepares_the_gpu(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(run, "current_platform", lambda: gpu)
     monkeypatch.setattr(cuda, "cuda_facts", lambda local_rank: CudaFacts((8, 0), (12, 9)))
     with pytest.raises(RecipeError, match=r"^precision\.name: fp8_blockwise needs"):
-        run._train(compose(["recipe=nano_12b_v2"]).recipe, tmp_path, Ranks(0, 1, 0), StopRequest(), gpu)
+        run._train(compose(["recipe=nano_12b_v2"]).recipe, (), tmp_path, Ranks(0, 1, 0), StopRequest(), gpu)

@@ -13,12 +13,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nano_pretrain.compose import compose
+from nano_pretrain.recipe.acts import continuation
 from nano_pretrain.recipe.errors import UserError
-from nano_pretrain.recipe.load import check_same_run, recorded_recipe, to_yaml
+from nano_pretrain.recipe.load import recorded_recipe, to_yaml
 from nano_pretrain.recipe.schema import ParallelConfig, Recipe, Resume
 
 TINY = compose([]).recipe
 LONG = compose(["recipe=nano_12b_v2"]).recipe
+
+
+def unchanged(recipe: Recipe, directory: Path) -> None:
+    """Go on with a run by a command that names nothing."""
+    assert not continuation(recipe, [], directory, 0).told
 
 
 def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Resume]]:
@@ -77,7 +83,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 @pytest.mark.parametrize(("recipe", "field"), REFUSED, ids=[field for _, field in REFUSED])
 def test_field_that_is_not_free_is_named(runs: dict[int, Path], recipe: Recipe, field: str) -> None:
     with pytest.raises(UserError) as caught:
-        check_same_run(changed(recipe, field), runs[id(recipe)])
+        unchanged(changed(recipe, field), runs[id(recipe)])
     message = str(caught.value)
     assert message.startswith(f"{field}: ")
     # The group: by itself the name would leave linears in BF16 that its precision does not know.
@@ -87,13 +93,13 @@ def test_field_that_is_not_free_is_named(runs: dict[int, Path], recipe: Recipe, 
 
 @pytest.mark.parametrize(("recipe", "field"), TAKEN, ids=[field for _, field in TAKEN])
 def test_free_field_may_change(runs: dict[int, Path], recipe: Recipe, field: str) -> None:
-    check_same_run(changed(recipe, field), runs[id(recipe)])
+    unchanged(changed(recipe, field), runs[id(recipe)])
 
 
 @pytest.mark.parametrize("name", ["tiny", "nano_12b_v2", "nano_12b_v2_thin"])
 def test_recipe_is_the_same_after_its_file(tmp_path: Path, name: str) -> None:
     recipe = compose([f"recipe={name}", "run.name=x"]).recipe
-    check_same_run(recipe, recorded(tmp_path, recipe))
+    unchanged(recipe, recorded(tmp_path, recipe))
     assert recorded_recipe(tmp_path) == recipe
 
 
@@ -109,29 +115,29 @@ def test_any_value_is_the_same_after_its_file(
     recipe.model.pattern = pattern
     recipe.stages["pretrain"].schedule.lr = lr
     recipe.stages["pretrain"].phases["p1"].blend = weights
-    check_same_run(recipe, recorded(tmp_path_factory.mktemp("run"), recipe))
+    unchanged(recipe, recorded(tmp_path_factory.mktemp("run"), recipe))
 
 
 def test_layout_of_a_stage_may_come_and_go(tmp_path: Path) -> None:
     other = copy.deepcopy(TINY)
     other.stages["pretrain"].parallel = ParallelConfig(tensor=2)
-    check_same_run(other, recorded(tmp_path, TINY))
-    check_same_run(TINY, recorded(tmp_path, other))
+    unchanged(other, recorded(tmp_path, TINY))
+    unchanged(TINY, recorded(tmp_path, other))
 
 
 def test_other_stages_are_refused(tmp_path: Path) -> None:
     other = copy.deepcopy(LONG)
     del other.stages["long_context"]
     with pytest.raises(UserError, match=r"^stages: \[pretrain\] differs from \[pretrain, long_context\] .*run.name$"):
-        check_same_run(other, recorded(tmp_path, LONG))
+        unchanged(other, recorded(tmp_path, LONG))
 
 
 def test_value_to_go_back_to_is_written_as_on_the_command_line(tmp_path: Path) -> None:
     before = compose(["stages.pretrain.phases.p1.blend={a: 0.5, b: 1}", "data.max_bytes_per_source=null"]).recipe
     with pytest.raises(UserError, match=r"write data\.max_bytes_per_source=null to continue"):
-        check_same_run(changed(before, "data.max_bytes_per_source"), recorded(tmp_path, before))
+        unchanged(changed(before, "data.max_bytes_per_source"), recorded(tmp_path, before))
     with pytest.raises(UserError) as caught:
-        check_same_run(changed(before, "stages.pretrain.phases.p1.blend"), recorded(tmp_path, before))
+        unchanged(changed(before, "stages.pretrain.phases.p1.blend"), recorded(tmp_path, before))
     written = str(caught.value).partition(", or write ")[2].partition(" to continue")[0]
     assert compose([written]).recipe.stages["pretrain"].phases["p1"].blend == {"a": 0.5, "b": 1.0}
 
@@ -140,11 +146,11 @@ def test_value_to_go_back_to_is_written_as_on_the_command_line(tmp_path: Path) -
 def test_damaged_recipe_file_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "recipe.yaml").write_text(text)
     with pytest.raises(UserError, match=r"recipe\.yaml: no recipe of this version"):
-        check_same_run(TINY, tmp_path)
+        unchanged(TINY, tmp_path)
     with pytest.raises(UserError, match=r"recipe\.yaml: no recipe of this version"):
         recorded_recipe(tmp_path)
 
 
 def test_directory_without_a_recipe_is_free(tmp_path: Path) -> None:
-    check_same_run(TINY, tmp_path / "nothing")
-    check_same_run(TINY, tmp_path)
+    unchanged(TINY, tmp_path / "nothing")
+    unchanged(TINY, tmp_path)

@@ -23,7 +23,7 @@ LEARNED = ("step", "tokens", "loss", "lr", "grad_norm", "stage", "phase", "seque
 """Columns of metrics.jsonl that a resumed run repeats bit for bit."""
 
 SMALL = [
-    "precision=bf16", "data.max_epochs=100", "data.quota_window=16",
+    "precision=bf16", "extension=none", "evaluate.lengths=[]", "data.max_epochs=100", "data.quota_window=16",
     f"model.vocab_size={VOCAB_SIZE}", "model.pattern=M-M*-", "model.hidden_size=64", "model.ffn_hidden_size=128",
     "model.num_attention_heads=4", "model.num_query_groups=2", "model.head_dim=16", "model.mamba_num_heads=4",
     "model.mamba_head_dim=32", "model.mamba_num_groups=2", "model.mamba_state_dim=16",

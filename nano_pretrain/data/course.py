@@ -1,0 +1,58 @@
+"""The steps of a stage and the ends of its phases, with what the run was told in mid-run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from itertools import accumulate
+from typing import Any
+
+from nano_pretrain.data.phases import phase_lengths
+from nano_pretrain.recipe.acts import Act
+from nano_pretrain.recipe.derived import batch_sizes, stage_tokens
+from nano_pretrain.recipe.schema import StageConfig
+from nano_pretrain.schedule.clock import TokenClock
+
+
+def stage_clock(name: str, first: StageConfig, now: StageConfig, acts: Sequence[Act], start: int) -> TokenClock:
+    """The steps of a stage.
+
+    Args:
+        name: of the stage.
+        first: as the run began with it.
+        now: with all acts.
+        acts: of the run.
+        start: tokens the run has consumed before it.
+    """
+    sizes = batch_sizes(first)
+    for at, size in _of(f"stages.{name}.global_batch_size", acts, start):
+        sizes = [*(earlier for earlier in sizes if earlier[0] < at), (at, size)]
+    steps = [(at, samples * now.sequence_length) for at, samples in sizes]
+    return TokenClock(start, stage_tokens(now), steps[0][1], tuple(steps[1:]))
+
+
+def phase_ends(name: str, first: StageConfig, acts: Sequence[Act], start: int) -> dict[str, Fraction]:
+    """Tokens of the stage at which each phase ends, in order.
+
+    An end that was passed stays where it was when the stage is extended; the others keep their share of it, and none
+    comes before the moment of the act.
+
+    Args:
+        name: of the stage.
+        first: as the run began with it.
+        acts: of the run.
+        start: tokens the run has consumed before it.
+    """
+    lengths = phase_lengths(f"stages.{name}", first)
+    shares = [end / first.tokens for end in accumulate(lengths.values())]
+    ends = [share * stage_tokens(first) for share in shares]
+    for at, tokens in _of(f"stages.{name}.schedule.extend_to", acts, start):
+        length = first.tokens if tokens is None else tokens
+        moved = (max(share * length, Fraction(at)) for share in shares)
+        ends = [end if end <= at else later for end, later in zip(ends, moved, strict=True)]
+    return dict(zip(lengths, ends, strict=True))
+
+
+def _of(field: str, acts: Sequence[Act], start: int) -> Iterator[tuple[int, Any]]:
+    """When in the stage a field was changed, and to what."""
+    return ((max(act.tokens - start, 0), act.after) for act in acts if act.field == field)

@@ -1,0 +1,136 @@
+"""Recorded acts: what a run was told to change in mid-run, and from which token on (recipe_history.jsonl).
+
+A recipe and its acts say everything about the past and the future of a run: the recipe of a moment is the first one
+with the acts up to it, and what was consumed before an act does not depend on it.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from nano_pretrain.recipe.errors import UserError
+from nano_pretrain.recipe.load import differences, recorded_recipe, refuse_difference
+from nano_pretrain.recipe.schema import Recipe, Resume
+
+HISTORY = "recipe_history.jsonl"
+
+
+@dataclass(frozen=True)
+class Act:
+    """One change of one field.
+
+    Attributes:
+        tokens: consumed by the run when it was told.
+        field: dotted name.
+        before: its value until then.
+        after: its value from then on.
+    """
+
+    tokens: int
+    field: str
+    before: Any
+    after: Any
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """What a start of a run goes by.
+
+    Attributes:
+        recipe: with what the run has been told so far, and now.
+        acts: what it was told before.
+        told: what it is told now.
+    """
+
+    recipe: Recipe
+    acts: tuple[Act, ...] = ()
+    told: tuple[Act, ...] = ()
+
+
+def continuation(recipe: Recipe, overrides: Sequence[str], directory: Path, tokens: int) -> Continuation:
+    """The recipe of a command as the run goes on with it.
+
+    A recorded field that the command names is changed from now on. One that it does not name keeps what the run was
+    last told.
+
+    Args:
+        recipe: as the command composes it.
+        overrides: of the command.
+        directory: directory of the run.
+        tokens: consumed by its newest checkpoint.
+
+    Raises:
+        UserError: another difference that is not free.
+    """
+    if not (directory / "recipe.yaml").exists():
+        return Continuation(recipe)
+    acts = read_acts(directory)
+    # A start that was killed between the two files has written the acts alone.
+    before = _done(recorded_recipe(directory), acts)
+    recipe, told = copy.deepcopy(recipe), []
+    for field, new, old, resume in differences(recipe, before):
+        if resume == Resume.RECORDED and _named(field, overrides):
+            told.append(Act(tokens, field, old, new))
+        elif resume == Resume.RECORDED and new in _earlier(field, acts):
+            _set(recipe, field, old)
+        else:
+            refuse_difference(field, new, old, directory)
+    return Continuation(recipe, acts, tuple(told))
+
+
+def read_acts(directory: Path) -> tuple[Act, ...]:
+    """What the run has been told so far.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    path = directory / HISTORY
+    try:
+        lines = path.read_text().splitlines()
+        return tuple(Act(**json.loads(line)) for line in lines)
+    except FileNotFoundError:
+        return ()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: damaged ({error}); restore it or choose another run.name") from error
+
+
+def written(acts: Iterable[Act]) -> str:
+    """The content of recipe_history.jsonl."""
+    return "".join(json.dumps(asdict(act)) + "\n" for act in acts)
+
+
+def _named(field: str, overrides: Sequence[str]) -> bool:
+    """Whether a command writes the field, or a part of it."""
+    names = [override.partition("=")[0].lstrip("+~") for override in overrides]
+    return any(name == field or name.startswith(f"{field}.") for name in names)
+
+
+def _earlier(field: str, acts: Sequence[Act]) -> list[Any]:
+    return [act.before for act in acts if act.field == field]
+
+
+def _done(recipe: Recipe, acts: Sequence[Act]) -> Recipe:
+    for act in acts:
+        _set(recipe, act.field, act.after)
+    return recipe
+
+
+def undone(recipe: Recipe, acts: Sequence[Act]) -> Recipe:
+    """A copy of the recipe before these acts."""
+    recipe = copy.deepcopy(recipe)
+    for act in reversed(acts):
+        _set(recipe, act.field, act.before)
+    return recipe
+
+
+def _set(recipe: Recipe, field: str, value: Any) -> None:
+    node: Any = recipe
+    *path, last = field.split(".")
+    for part in path:
+        node = node[part] if isinstance(node, dict) else getattr(node, part)
+    setattr(node, last, copy.deepcopy(value))
