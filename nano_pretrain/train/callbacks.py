@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 
 import torch.distributed as dist
@@ -34,11 +35,11 @@ class Validation:
     """validation.jsonl: held-out loss per source, every `validation.every` steps and at the end.
 
     Args:
-        heldout: what to evaluate.
+        heldout: gives what to evaluate, of the stage of the last step.
         every: steps between two evaluations, 0 for the end only.
     """
 
-    def __init__(self, heldout: HeldOut, every: int) -> None:
+    def __init__(self, heldout: Callable[[], HeldOut], every: int) -> None:
         self.heldout = heldout
         self.every = every
 
@@ -60,7 +61,7 @@ class Validation:
         session.trainable.gather_parameters()
         model = session.trainable.wrapped
         model.eval()
-        result = self.heldout.evaluate(session.trainable.run)
+        result = self.heldout().evaluate(session.trainable.run)
         model.train()
         if session.ranks.is_first:
             line = {"step": session.step, "tokens": session.tokens, **result}

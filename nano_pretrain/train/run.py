@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import cache
 from itertools import chain, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -207,23 +208,24 @@ def _record_acts(session: Session) -> None:
         write_whole(session.directory / HISTORY, written(acts))
 
 
-def _heldout(session: Session, reset: bool, device: torch.device) -> HeldOut:
-    """Held-out samples of the stage, weighted by what the whole run reads of each source."""
-    stage = session.curriculum.stage_at(min(session.tokens, session.curriculum.total_tokens - 1))
+def _heldout(session: Session, reset: bool, device: torch.device) -> Callable[[], HeldOut]:
+    """What gives the held-out samples of the stage of the last step, weighted by what the run reads of each source."""
     totals = ledger(session.curriculum, session.curriculum.total_tokens)["sources"]
     weights = {name: float(total["tokens"]) for name, total in totals.items()}
-    return HeldOut(
-        session.corpus,
-        weights,
-        stage.sequence_length,
-        stage.micro_batch_size,
-        session.recipe.validation.tokens_per_source,
-        reset,
-        device,
-    )
+    tokens = session.recipe.validation.tokens_per_source
+
+    @cache
+    def of_shape(length: int, width: int) -> HeldOut:
+        return HeldOut(session.corpus, weights, length, width, tokens, reset, device)
+
+    def now() -> HeldOut:
+        stage = session.curriculum.stage_at(max(session.tokens - 1, 0))
+        return of_shape(stage.sequence_length, stage.micro_batch_size)
+
+    return now
 
 
-def _callbacks(session: Session, heldout: HeldOut) -> list[Callback]:
+def _callbacks(session: Session, heldout: Callable[[], HeldOut]) -> list[Callback]:
     """In the order in which they are called; what may be lost by a kill comes before the checkpoint that covers it."""
     recipe = session.recipe
     callbacks: list[Callback] = [Metrics(), Validation(heldout, recipe.validation.every)]
@@ -244,13 +246,13 @@ def _callbacks(session: Session, heldout: HeldOut) -> list[Callback]:
     return callbacks
 
 
-def _finish(session: Session, heldout: HeldOut) -> None:
+def _finish(session: Session, heldout: Callable[[], HeldOut]) -> None:
     """What is left when the last checkpoint is written."""
     if session.ranks.is_first and session.recipe.validation.baselines:
         from nano_pretrain.evaluate.baselines import MAX_TOKENS, ngram_baselines
 
         if session.curriculum.total_tokens <= MAX_TOKENS:
             write_json(
-                session.directory / "baselines.json", ngram_baselines(session.corpus, session.curriculum, heldout)
+                session.directory / "baselines.json", ngram_baselines(session.corpus, session.curriculum, heldout())
             )
     dist.barrier()
