@@ -50,6 +50,9 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.profile_step
 	$(BIN)/python -m benchmarks.scan
 	$(BIN)/python -m benchmarks.fp8
+	$(BIN)/python -m benchmarks.order
+	$(BIN)/nano-pretrain prepare recipe=tiny
+	$(BIN)/python -m benchmarks.loader
 
 bench-gpu: $(GPU_READY)
 	$(BIN)/python -m benchmarks.gpu

@@ -174,11 +174,12 @@ class SourceRanges:
         self.size = size
         spans = divide(size, first, later)
         readers = [first, *later]
-        self.by_stage = {
-            need.stage: StageRange(part, need.sequence_length, (*key, need.stage))
+        parts = [
+            StageRange(part, need.sequence_length, (*key, need.stage))
             for need, part in zip(readers, spans or [size.spans] * len(readers), strict=True)
-            if need.samples
-        }
+        ]
+        self.by_stage = {need.stage: part for need, part in zip(readers, parts, strict=True) if need.samples}
+        self._divided = sum(part.tokens for part in parts)
         self.shared = spans is None and len(self.by_stage) > 1
         self._key = key
 
@@ -190,11 +191,11 @@ class SourceRanges:
         return other
 
     def epochs(self, read: Mapping[str, int]) -> Fraction:
-        """How often the source was read: tokens read over the tokens of all ranges."""
+        """How often the source was read: tokens read over the tokens of all ranges, also of one that no stage reads."""
         shares = self._shares(read)
         if self.shared:
             return sum(shares.values(), Fraction(0))
-        return Fraction(sum(read.values()), sum(part.tokens for part in self.by_stage.values()))
+        return Fraction(sum(read.values()), self._divided)
 
     def readings(self, read: Mapping[str, int]) -> Fraction:
         """How often the part that was read most was read: a stage's range, or a shared source by all stages."""
