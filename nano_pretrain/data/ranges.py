@@ -210,7 +210,7 @@ class SourceRanges:
         again = {stage: min(max(share - 1, Fraction(0)), Fraction(1)) for stage, share in shares.items()}
         if not self.shared:
             twice = sum((again[stage] * self.by_stage[stage].tokens for stage in read), Fraction(0))
-            return twice / sum(part.tokens for part in self.by_stage.values())
+            return twice / self._divided
         never, once = Fraction(1), Fraction(0)
         for stage, share in shares.items():
             unread, single = 1 - min(share, Fraction(1)), min(share, Fraction(1)) - again[stage]
