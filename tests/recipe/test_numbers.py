@@ -15,6 +15,7 @@ import pytest
 from nano_pretrain.compose import compose
 from nano_pretrain.data.phases import phase_lengths
 from nano_pretrain.plan.whole import make_plan
+from nano_pretrain.recipe.derived import stage_tokens
 from nano_pretrain.recipe.errors import RecipeError
 from nano_pretrain.recipe.explain import check_truths
 from nano_pretrain.recipe.rules import check
@@ -30,7 +31,7 @@ NONSENSE: dict[Any, tuple[float, ...]] = {
 
 SENSE = {
     **dict.fromkeys(("every", "fp8_every", "seed", "warmup_tokens", "decay_tokens", "min_lr", "temperature"), (0,)),
-    **dict.fromkeys(("bf16_first_linears", "bf16_last_linears"), (0,)),
+    **dict.fromkeys(("bf16_first_linears", "bf16_last_linears", "ramp_tokens"), (0,)),
     **dict.fromkeys(("beta1", "beta2", "weight_decay"), (0,)),
     # No gradient is ever scaled down.
     "clip_grad": (float(HUGE),),
@@ -93,7 +94,7 @@ def _check(recipe: Recipe) -> None:
     """What `compose` asks of a recipe."""
     check(recipe)
     for name, stage in recipe.stages.items():
-        validate_schedule(stage.schedule, stage.tokens, f"stages.{name}.schedule")
+        validate_schedule(stage.schedule, stage_tokens(stage), f"stages.{name}.schedule")
         phase_lengths(f"stages.{name}", stage)
 
 
