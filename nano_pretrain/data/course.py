@@ -10,6 +10,7 @@ from typing import Any
 from nano_pretrain.data.phases import phase_lengths
 from nano_pretrain.recipe.acts import Act
 from nano_pretrain.recipe.derived import batch_sizes, stage_tokens
+from nano_pretrain.recipe.errors import RecipeError
 from nano_pretrain.recipe.schema import StageConfig
 from nano_pretrain.schedule.clock import TokenClock
 
@@ -23,7 +24,11 @@ def stage_clock(name: str, first: StageConfig, now: StageConfig, acts: Sequence[
         now: with all acts.
         acts: of the run.
         start: tokens the run has consumed before it.
+
+    Raises:
+        RecipeError: the batch does not grow by equal steps, before the stage is over.
     """
+    _check_ramp(f"stages.{name}.batch_ramp", first)
     sizes = batch_sizes(first)
     for at, size in _of(f"stages.{name}.global_batch_size", acts, start):
         sizes = [*(earlier for earlier in sizes if earlier[0] < at), (at, size)]
@@ -51,6 +56,26 @@ def phase_ends(name: str, first: StageConfig, acts: Sequence[Act], start: int) -
         moved = (max(share * length, Fraction(at)) for share in shares)
         ends = [end if end <= at else later for end, later in zip(ends, moved, strict=True)]
     return dict(zip(lengths, ends, strict=True))
+
+
+def _check_ramp(field: str, first: StageConfig) -> None:
+    """Of the recipe that the run began with: a batch that is told later may be another."""
+    ramp, size = first.batch_ramp, first.global_batch_size
+    if ramp is None:
+        return
+    if ramp.start >= size:
+        problem = f"{ramp.start} is not below global_batch_size = {size}"
+        raise RecipeError(f"{field}.start", problem, "write a smaller one")
+    if (size - ramp.start) % ramp.increment:
+        problem = f"{ramp.increment} does not divide {size} - {ramp.start} = {size - ramp.start}"
+        raise RecipeError(f"{field}.increment", problem, f"write a divisor of {size - ramp.start}")
+    if ramp.tokens >= first.tokens:
+        raise RecipeError(f"{field}.tokens", f"{ramp.tokens} is not less than the stage's {first.tokens}", "write less")
+
+
+def told_ends(name: str, acts: Sequence[Act], start: int) -> set[Fraction]:
+    """Where in a stage it was told to end sooner, or later: phases that would have ended before end there."""
+    return {Fraction(at) for at, _ in _of(f"stages.{name}.schedule.extend_to", acts, start)}
 
 
 def _of(field: str, acts: Sequence[Act], start: int) -> Iterator[tuple[int, Any]]:

@@ -14,7 +14,7 @@ from fractions import Fraction
 from functools import cached_property
 
 from nano_pretrain.data.blend import LARGEST_WINDOW, PhaseBlend, Weights, ramped, steady, widened_window
-from nano_pretrain.data.course import phase_ends, stage_clock
+from nano_pretrain.data.course import phase_ends, stage_clock, told_ends
 from nano_pretrain.data.phases import phase_weights, require_positive
 from nano_pretrain.data.ranges import Need, SourceRanges, SourceSize
 from nano_pretrain.recipe.acts import Act, undone
@@ -150,6 +150,7 @@ class Curriculum:
         recipe: stages with blends as mappings source -> weight; seed, window and limit of epochs in its data section.
         sizes: of each source there is.
         acts: what the run was told in mid-run, as in the recipe. What was read before an act does not depend on it.
+        limited: whether `data.max_epochs` holds.
 
     Attributes:
         recipe, sizes, acts: see above.
@@ -167,11 +168,15 @@ class Curriculum:
     total_steps: int
     total_tokens: int
 
-    def __init__(self, recipe: Recipe, sizes: Mapping[str, SourceSize], acts: Sequence[Act] = ()) -> None:
+    def __init__(
+        self, recipe: Recipe, sizes: Mapping[str, SourceSize], acts: Sequence[Act] = (), limited: bool = True
+    ) -> None:
         self.recipe = recipe
         self.sizes = sizes
         self.acts = tuple(acts)
-        self.origin: Curriculum = Curriculum(undone(recipe, acts), sizes) if acts else self
+        earlier, newest = _newest(self.acts)
+        self._before = Curriculum(undone(recipe, newest), sizes, earlier, limited=False) if newest else None
+        self.origin: Curriculum = self._before.origin if self._before else self
         if not recipe.stages:
             raise RecipeError("stages", "is empty", "name at least one stage")
         _check_window(recipe.data.quota_window)
@@ -184,7 +189,8 @@ class Curriculum:
         self._by_name = {stage.name: stage for stage in stages}
         self._starts = [stage.start_tokens for stage in stages]
         self.sources = {name: self._ranges(name) for name in dict.fromkeys(n for stage in stages for n in stage.reads)}
-        self._check_epochs()
+        if limited:
+            self._check_epochs()
 
     def stage_at(self, tokens: int) -> StagePlan:
         """The stage of the step that starts after, or runs at, `tokens` consumed tokens.
@@ -291,12 +297,13 @@ class Curriculum:
         phases: list[PhasePlan] = []
         begin, length = clock.start_tokens, config.sequence_length
         before: Weights | None = None
+        told_to_end = told_ends(stage, self.acts, begin)
         for name, phase_end in phase_ends(stage, self.origin.recipe.stages[stage], self.acts, begin).items():
             start = phases[-1].end_tokens if phases else begin
             end = clock.border_from(phase_end)
             field = f"stages.{stage}.phases.{name}"
-            if start == end and self.acts:
-                continue  # An act has ended the stage before it.
+            if start == end and phase_end in told_to_end:
+                continue
             if start == end:
                 problem = f"no step of {clock.tokens_per_step} tokens begins in it"
                 raise RecipeError(field, problem, "make it longer or leave it out")
@@ -322,8 +329,8 @@ class Curriculum:
         return blend
 
     def _ranges(self, source: str) -> SourceRanges:
-        if self.origin is not self and source in self.origin.sources:
-            return self._ranges_begun(source)
+        if self._before and source in self._before.sources:
+            return self._ranges_begun(source, self._before.sources[source])
         first, *later = self.stages
         # At least one sample, so that every source of a blend can be read.
         reads = {stage.name: max(stage.reads[source], 1) for stage in self.stages if source in stage.reads}
@@ -335,9 +342,8 @@ class Curriculum:
                 self._refuse(self._by_name[stage], source)
         return ranges
 
-    def _ranges_begun(self, source: str) -> SourceRanges:
-        """Those that the run began with; stages that were told to read the source since then have the whole of it."""
-        ranges = self.origin.sources[source]
+    def _ranges_begun(self, source: str, ranges: SourceRanges) -> SourceRanges:
+        """Those before the newest acts; a stage that is told to read the source has the whole of it."""
         for stage in self.stages:
             if source in stage.reads and stage.name not in ranges.by_stage:
                 ranges = ranges.shared_with(stage.name, stage.sequence_length)
@@ -386,6 +392,14 @@ def by_source(consumed: Consumed) -> dict[str, dict[str, int]]:
                 stages = read.setdefault(source, {})
                 stages[stage] = stages.get(stage, 0) + tokens
     return read
+
+
+def _newest(acts: tuple[Act, ...]) -> tuple[tuple[Act, ...], tuple[Act, ...]]:
+    """Acts, and those of the same moment that were told last."""
+    start = len(acts)
+    while start and acts[start - 1].tokens == acts[-1].tokens:
+        start -= 1
+    return acts[:start], acts[start:]
 
 
 def _consumed_in_stage(stage: StagePlan, tokens: int) -> dict[str, dict[str, int]]:

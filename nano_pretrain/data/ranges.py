@@ -192,14 +192,14 @@ class SourceRanges:
 
     def epochs(self, read: Mapping[str, int]) -> Fraction:
         """How often the source was read: tokens read over the tokens of all ranges, also of one that no stage reads."""
-        shares = self._shares(read)
-        if self.shared:
-            return sum(shares.values(), Fraction(0))
-        return Fraction(sum(read.values()), self._divided)
+        return Fraction(sum(read.values()), self.size.tokens if self.shared else self._divided)
 
     def readings(self, read: Mapping[str, int]) -> Fraction:
-        """How often the part that was read most was read: a stage's range, or a shared source by all stages."""
-        return self.epochs(read) if self.shared else max(self._shares(read).values())
+        """How often the part that was read most was read: the range of a stage, and what all of them share."""
+        shares = self._shares(read)
+        whole = {stage for stage in shares if self.by_stage[stage].spans == tuple(self.size.spans)}
+        own = max((share for stage, share in shares.items() if stage not in whole), default=Fraction(0))
+        return own + sum((shares[stage] for stage in whole), Fraction(0))
 
     def read_twice(self, read: Mapping[str, int]) -> Fraction:
         """Share of the source that was read more than once.

@@ -21,6 +21,7 @@ from nano_pretrain.evaluate.length import LengthSuite, Subject, greedy
 from nano_pretrain.evaluate.room import without_room_for_weights
 from nano_pretrain.evaluate.rows import Run
 from nano_pretrain.platform import current_platform
+from nano_pretrain.recipe.acts import read_acts
 from nano_pretrain.recipe.errors import RecipeError, UserError
 from nano_pretrain.recipe.schema import EvaluateConfig, Recipe
 
@@ -45,7 +46,7 @@ def evaluate_checkpoint(recipe: Recipe, options: EvaluateConfig, run_dir: Path) 
     corpus = _corpus_of(recipe, path)
     suite = LengthSuite(options, without_fp8(recipe), corpus)
     tokens = int(path.name)
-    stage = Curriculum(recipe, corpus.sizes).stage_at(max(0, tokens - 1))
+    stage = Curriculum(recipe, corpus.sizes, read_acts(run_dir)).stage_at(max(0, tokens - 1))
     shapes = suite.shapes(ALONE, stage.config)
     _check_room(without_fp8(recipe), shapes)
     with model_of(recipe, path, max(options.lengths)) as model, _bar(suite.tokens) as progress:

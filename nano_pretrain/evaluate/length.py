@@ -84,7 +84,7 @@ class LengthSuite:
             shapes: of the forward passes at each length.
 
         Returns:
-            For each length {"length", "examples", "seed", "retrieval": {task: {"chance", "rank": {"score",
+            For each length {"length", "precision", "examples", "seed", "retrieval": {task: {"chance", "rank": {"score",
             "standard_error"}, "match": the same or None}}, "positions": see `LossByPosition.evaluate`}.
         """
         prompts, options, lines = Prompts(self.tokenizer), self.options, []
@@ -94,8 +94,14 @@ class LengthSuite:
             for task in options.tasks:
                 examples = prompts.examples(task, positions.length, options.examples, options.seed)
                 retrieval[task] = self._score(subject, passes, examples, done)
-            line = {"length": positions.length, "examples": options.examples, "seed": options.seed}
-            lines.append({**line, "retrieval": retrieval, "positions": positions.evaluate(subject.run, passes, done)})
+            lines.append({
+                "length": positions.length,
+                "precision": self._recipe.precision.name,
+                "examples": options.examples,
+                "seed": options.seed,
+                "retrieval": retrieval,
+                "positions": positions.evaluate(subject.run, passes, done),
+            })
         return lines
 
     def _passes(self, shape: tuple[int, int], subject: Subject) -> Passes:

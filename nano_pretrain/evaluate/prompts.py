@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import inf
 from random import Random
 
 from tokenizers import Tokenizer
@@ -31,6 +32,12 @@ COMMON_WORDS, COMMON_TIMES, RARE_TIMES = 3, 10, 2
 """Words to find in a list and how often each occurs, and how often each other word does."""
 
 CONSONANTS, VOWELS, CAPITALS = "bdfgklmnprstvz", "aeiou", "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+TRIED = 2000
+"""Words of a kind that are drawn to see how many tokens they have."""
+
+DRAWN = 0.8
+"""Share of a kind's usable words that may be asked for: drawing so many different ones takes twice as many draws."""
 
 
 @dataclass(frozen=True)
@@ -74,20 +81,24 @@ class Words:
 
     Args:
         encode: text to token ids.
-        draw: one word, any.
+        draw: one word, any, all as likely.
+        kinds: how many there are to draw from.
 
     Attributes:
         tokens: tokens of a word with the space before it, the number that is most frequent.
+        most: different words that can be had.
     """
 
-    def __init__(self, encode: Callable[[str], list[int]], draw: Callable[[Random], str]) -> None:
+    def __init__(self, encode: Callable[[str], list[int]], draw: Callable[[Random], str], kinds: int) -> None:
         self._encode = encode
         self._draw = draw
         random = Random(0)
-        self.tokens = Counter(len(encode(f" {draw(random)}")) for _ in range(200)).most_common(1)[0][0]
+        lengths = Counter(len(encode(f" {draw(random)}")) for _ in range(TRIED))
+        self.tokens, usable = lengths.most_common(1)[0]
+        self.most = int(DRAWN * kinds * usable / TRIED)
 
     def sample(self, random: Random, count: int) -> list[str]:
-        """Different words."""
+        """Different words, up to `most`."""
         found: dict[str, None] = {}
         while len(found) < count:
             word = self._draw(random)
@@ -106,10 +117,14 @@ class Prompts:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._noise = [self._tokens(sentence) for sentence in NOISE]
-        self.numbers = Words(self._tokens, lambda random: str(random.randrange(10**6, 10**7)))
-        self.variables = Words(self._tokens, lambda random: "".join(random.choices(CAPITALS, k=5)))
+        self.numbers = Words(self._tokens, lambda random: str(random.randrange(10**6, 10**7)), 9 * 10**6)
+        self.variables = Words(
+            self._tokens, lambda random: "".join(random.choices(CAPITALS, k=5)), len(CAPITALS) ** 5
+        )
         self.words = Words(
-            self._tokens, lambda random: "".join(random.choice(CONSONANTS) + random.choice(VOWELS) for _ in range(3))
+            self._tokens,
+            lambda random: "".join(random.choice(CONSONANTS) + random.choice(VOWELS) for _ in range(3)),
+            (len(CONSONANTS) * len(VOWELS)) ** 3,
         )
         self._tasks: dict[str, Callable[[Random, float], _Task]] = {
             "niah_single": lambda random, depth: self._needles(random, [depth]),
@@ -122,7 +137,7 @@ class Prompts:
 
         Args:
             task: one of RETRIEVAL_TASKS.
-            length: tokens of a prompt and the room for its answer, at least `least(task)`.
+            length: tokens of a prompt and the room for its answer, `least(task)` to `most(task)`.
             count: how many.
             seed: of the words and the places.
         """
@@ -138,10 +153,12 @@ class Prompts:
         All words of a kind have equally many tokens, so it is the same for all prompts of a task.
         """
         if task == "cwe":
-            header, question, room = self._list_frame()
-            words = COMMON_WORDS * COMMON_TIMES + (CANDIDATES - 1) * RARE_TIMES
-            return len(header) + words * self.words.tokens + len(question) + room
+            return self._list_tokens(CANDIDATES - 1)
         return _fixed(self._tasks[task](Random(0), 0.5)) + sum(map(len, self._noise))
+
+    def most(self, task: str) -> float:
+        """Tokens of the longest prompt with its answer: of `cwe` until the words are used up, else infinite."""
+        return self._list_tokens(self.words.most - COMMON_WORDS) if task == "cwe" else inf
 
     def _example(self, task: str, random: Random, length: int, depth: float) -> Example:
         if task == "cwe":
@@ -188,8 +205,7 @@ class Prompts:
     def _common_words(self, random: Random, length: int) -> Example:
         """A list of words in which some occur more often than the others, as many others as there is room for."""
         header, question, room = self._list_frame()
-        left = length - len(header) - len(question) - room - COMMON_WORDS * COMMON_TIMES * self.words.tokens
-        rare, rest = divmod(left, RARE_TIMES * self.words.tokens)
+        rare, rest = divmod(length - self._list_tokens(0), RARE_TIMES * self.words.tokens)
         words = self.words.sample(random, COMMON_WORDS + rare)
         listed = words[:COMMON_WORDS] * COMMON_TIMES + words[COMMON_WORDS:] * RARE_TIMES
         random.shuffle(listed)
@@ -198,6 +214,12 @@ class Prompts:
         compared = [words[0], *words[COMMON_WORDS : COMMON_WORDS + CANDIDATES - 1]]
         candidates = tuple(self._tokens(f" {word}") for word in compared)
         return Example(prompt, candidates, tuple(words[:COMMON_WORDS]), room)
+
+    def _list_tokens(self, rare: int) -> int:
+        """Tokens of a prompt with its answer, of so many words beside the common, without noise."""
+        header, question, room = self._list_frame()
+        words = COMMON_WORDS * COMMON_TIMES + rare * RARE_TIMES
+        return len(header) + words * self.words.tokens + len(question) + room
 
     def _list_frame(self) -> tuple[list[int], list[int], int]:
         """What stands before the list, what behind it, and the room for an answer."""
@@ -218,18 +240,22 @@ class Prompts:
 
 
 def check_lengths(options: EvaluateConfig, tokenizer: Tokenizer) -> None:
-    """Refuse lengths in which a task has no room.
+    """Refuse lengths in which a task has no room, or that it cannot fill.
 
     Raises:
-        RecipeError: the message says the least.
+        RecipeError: the message says the least, or the most.
     """
     if not options.lengths or not options.tasks:
         return
     prompts = Prompts(tokenizer)
     least, task = max((prompts.least(task), task) for task in options.tasks)
-    shortest = min(options.lengths)
+    shortest, longest = min(options.lengths), max(options.lengths)
     if shortest < least:
         raise RecipeError("evaluate.lengths", f"{shortest} tokens are too few for {task}", f"write at least {least}")
+    most, task = min((prompts.most(task), task) for task in options.tasks)
+    if longest > most:
+        problem = f"{longest} tokens are more than there are words for in {task}"
+        raise RecipeError("evaluate.lengths", problem, f"write at most {most}, or evaluate.tasks without {task}")
 
 
 def _depths(random: Random, count: int) -> list[float]:

@@ -71,7 +71,7 @@ class Cost:
     @property
     def tokens_per_second(self) -> float:
         """Of all ranks, during a step."""
-        return self.tokens / self.steps / self.step_seconds
+        return self.tokens / (self.seconds - self.checkpoints.count * self.checkpoints.seconds)
 
 
 def total_cost(costs: Iterable[Cost]) -> dict[str, float]:
@@ -85,10 +85,12 @@ def stage_cost(recipe: Recipe, stage: StagePlan, step_seconds: float, device: De
     """Cost of a stage whose steps take `step_seconds`."""
     devices = stage_ranks(recipe, stage.config)
     checkpoints = _checkpoints(recipe, stage)
-    seconds = stage.steps * step_seconds + checkpoints.count * checkpoints.seconds
+    # Where the batch changes, smaller steps are taken to be as efficient as the last ones.
+    tokens = stage.end_tokens - stage.start_tokens
+    seconds = tokens / stage.tokens_per_step * step_seconds + checkpoints.count * checkpoints.seconds
     return Cost(
         steps=stage.steps,
-        tokens=stage.end_tokens - stage.start_tokens,
+        tokens=tokens,
         step_seconds=step_seconds,
         devices=devices,
         checkpoints=checkpoints,

@@ -69,9 +69,12 @@ def continuation(recipe: Recipe, overrides: Sequence[str], directory: Path, toke
     """
     if not (directory / "recipe.yaml").exists():
         return Continuation(recipe)
-    acts = read_acts(directory)
-    # A start that was killed between the two files has written the acts alone.
-    before = _done(recorded_recipe(directory), acts)
+    acts, before = read_acts(directory), recorded_recipe(directory)
+    try:
+        # A start that was killed between the two files has written the acts alone.
+        before = _done(before, acts)
+    except (KeyError, AttributeError, TypeError) as error:
+        raise _damaged(directory, error) from error
     recipe, told = copy.deepcopy(recipe), []
     for field, new, old, resume in differences(recipe, before):
         if resume == Resume.RECORDED and _named(field, overrides):
@@ -89,14 +92,17 @@ def read_acts(directory: Path) -> tuple[Act, ...]:
     Raises:
         UserError: the file cannot be read.
     """
-    path = directory / HISTORY
     try:
-        lines = path.read_text().splitlines()
+        lines = (directory / HISTORY).read_text().splitlines()
         return tuple(Act(**json.loads(line)) for line in lines)
     except FileNotFoundError:
         return ()
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: damaged ({error}); restore it or choose another run.name") from error
+        raise _damaged(directory, error) from error
+
+
+def _damaged(directory: Path, error: Exception) -> UserError:
+    return UserError(f"{directory / HISTORY}: damaged ({error}); restore it or choose another run.name")
 
 
 def written(acts: Iterable[Act]) -> str:
@@ -133,4 +139,5 @@ def _set(recipe: Recipe, field: str, value: Any) -> None:
     *path, last = field.split(".")
     for part in path:
         node = node[part] if isinstance(node, dict) else getattr(node, part)
+    getattr(node, last)
     setattr(node, last, copy.deepcopy(value))

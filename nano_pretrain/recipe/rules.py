@@ -16,7 +16,7 @@ from nano_pretrain.recipe.rules_fp8 import fp8_multiples
 from nano_pretrain.recipe.rules_gpu import cuda_graphs, tensor_overlap
 from nano_pretrain.recipe.rules_precision import bf16_linears
 from nano_pretrain.recipe.rules_ranks import check_layout, divides
-from nano_pretrain.recipe.rules_stages import batch_ramps, whole_steps
+from nano_pretrain.recipe.rules_stages import whole_steps
 from nano_pretrain.recipe.schema import Recipe
 
 POSITIVE = frozenset({
@@ -241,7 +241,6 @@ RULES: tuple[Callable[[Recipe], None], ...] = (
     data_settings,
     optimizer_ranges,
     bf16_linears,
-    batch_ramps,
     layouts,
     fp8_multiples,
     distributed_optimizer,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from nano_pretrain.recipe.derived import batch_sizes, stage_layout, stage_ranks
+from nano_pretrain.recipe.derived import stage_layout, stage_ranks
 from nano_pretrain.recipe.errors import RecipeError
 from nano_pretrain.recipe.rules_layout import check_split, divisors, layout_field, ranks_field, sequence_shards
 from nano_pretrain.recipe.schema import ParallelConfig, Recipe, StageConfig
@@ -49,14 +49,6 @@ def check_ranks(field: str, prefix: str, stage: StageConfig, layout: ParallelCon
         )
     data_parallel = ranks // model_ranks
     together = data_parallel * stage.micro_batch_size
-    if stage.batch_ramp and any(size % together for _, size in batch_sizes(stage)):
-        sizes = ", ".join(str(size) for _, size in batch_sizes(stage) if size % together)
-        raise RecipeError(
-            f"{field}.batch_ramp",
-            f"{sizes} samples are not divisible by {data_parallel} data-parallel ranks x micro_batch_size "
-            f"{stage.micro_batch_size}",
-            f"write start and increment as multiples of {together}",
-        )
     if stage.global_batch_size % together:
         fix = f"write {field}.global_batch_size as a multiple of {together}, or change {field}.micro_batch_size"
         raise RecipeError(

@@ -166,7 +166,9 @@ class StageConfig:
     sequence_length: int = option(MISSING, "Tokens of a sample.", FIXED)
     micro_batch_size: int = option(1, "Samples a rank holds in one forward pass.")
     global_batch_size: int = option(MISSING, "Samples of an optimizer step over all ranks.", RECORDED)
-    batch_ramp: Optional[BatchRampConfig] = option(None, "How the batch grows at the beginning; null: it does not.")
+    batch_ramp: Optional[BatchRampConfig] = option(
+        None, "How the batch grows at the beginning; null: it does not.", FIXED
+    )
     schedule: ScheduleConfig = option(ScheduleConfig, "Learning-rate schedule.")
     phases: dict[str, PhaseConfig] = option(dict, "Phases in order: name -> share or tokens, and blend.")
     parallel: Optional[ParallelConfig] = option(None, "Layout of this stage; null means the recipe's `parallel`.")

@@ -56,7 +56,23 @@ def check_before(recipe: Recipe, overrides: Sequence[str], directory: Path, firs
         known = Curriculum(undone(recipe, going_on.told), corpus.sizes, going_on.acts)
         for act in going_on.told:
             check_act(act, known)
-    return Curriculum(recipe, corpus.sizes, (*going_on.acts, *going_on.told))
+    curriculum = Curriculum(recipe, corpus.sizes, (*going_on.acts, *going_on.told))
+    for source in curriculum.sources:
+        check_held_out(corpus, source)
+    return curriculum
+
+
+def check_held_out(corpus: Corpus, source: str) -> None:
+    """Refuse a source that cannot be evaluated.
+
+    Raises:
+        UserError: it has no held-out text.
+    """
+    if corpus.heldout[source].tokens < 2:
+        raise UserError(
+            f"data.path: source {source} has no held-out text in {corpus.path}; raise data.heldout_share and prepare "
+            "again, or leave it out of the blends"
+        )
 
 
 def check_prepared_corpus(recipe: Recipe, directory: Path) -> None:

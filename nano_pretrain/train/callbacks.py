@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 
 import torch.distributed as dist
 
@@ -69,7 +71,7 @@ class Validation:
 
 
 class LengthEvaluation:
-    """evaluation.jsonl: retrieval and loss by position at the end of each stage.
+    """evaluation.jsonl: retrieval and loss by position at the end of each stage, after its checkpoint.
 
     Args:
         suite: what to evaluate.
@@ -79,18 +81,25 @@ class LengthEvaluation:
         self.suite = suite
 
     def on_start(self, session: Session) -> None:
-        """Nothing: initial weights retrieve nothing."""
+        """Evaluate where a kill came between the checkpoint of a stage's end and the end of the evaluation."""
+        if session.tokens and session.tokens not in _evaluated(session.directory / "evaluation.jsonl"):
+            self._evaluate(session)
 
     def on_step(self, session: Session, record: StepRecord, stopping: bool) -> None:
         """Evaluate after the last step of a stage."""
-        stage = session.curriculum.stage_at(session.tokens - 1)
-        if session.tokens < stage.end_tokens:
+        self._evaluate(session)
+
+    def on_end(self, session: Session) -> None:
+        """Nothing left to do."""
+
+    def _evaluate(self, session: Session) -> None:
+        if not session.at_stage_end:
             return
-        if session.ranks.is_first:
-            print(f"{stage.name}: evaluating at {', '.join(map(str, self.suite.options.lengths))} tokens", flush=True)
-        trainable, complete = session.trainable, None
+        stage = session.curriculum.stage_at(session.tokens - 1)
+        trainable, corpus = session.trainable, session.corpus
+        complete = None
         if holds_whole_model(session.recipe, session.layout, session.platform.name):
-            complete = greedy(trainable.model, session.corpus.eod_id, session.recipe.model.vocab_size)
+            complete = greedy(trainable.model, corpus.eod_id, session.recipe.model.vocab_size)
         subject = Subject(trainable.run, complete, next(trainable.model.parameters()).device)
         trainable.gather_parameters()
         trainable.wrapped.eval()
@@ -100,8 +109,12 @@ class LengthEvaluation:
             place = {"tokens": session.tokens, "stage": stage.name}
             append_lines(session.directory, [{**place, **line} for line in lines])
 
-    def on_end(self, session: Session) -> None:
-        """Nothing left to do."""
+
+def _evaluated(path: Path) -> set[int]:
+    """Consumed tokens of the lines there are; every rank reads them before the first rank adds some."""
+    if not path.exists():
+        return set()
+    return {json.loads(line)["tokens"] for line in path.read_text().splitlines()}
 
 
 class Quantisation:
@@ -147,7 +160,7 @@ class Quantisation:
 
 
 class Checkpoints:
-    """A checkpoint every `checkpoint.every` steps, at the end, and before a stop; the ledger goes with it."""
+    """A checkpoint every `checkpoint.every` steps, at a stage's end, and before a stop; the ledger goes with it."""
 
     def on_start(self, session: Session) -> None:
         """Clear what an interrupted writer left."""
@@ -155,9 +168,9 @@ class Checkpoints:
             retain(session.directory, session.recipe.checkpoint.keep)
 
     def on_step(self, session: Session, record: StepRecord, stopping: bool) -> None:
-        """Save where the step number asks for it, at the end, and when stopping."""
+        """Save where the step number asks for it, at the end of a stage, and when stopping."""
         every = session.recipe.checkpoint.every
-        if session.finished or stopping or (every and session.step % every == 0):
+        if session.at_stage_end or stopping or (every and session.step % every == 0):
             self._save(session)
 
     def on_end(self, session: Session) -> None:

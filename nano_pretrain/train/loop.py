@@ -13,7 +13,7 @@ from nano_pretrain.data.curriculum import StagePlan
 from nano_pretrain.data.loader import BatchReader
 from nano_pretrain.parallel.groups import data_parallel_place
 from nano_pretrain.recipe.derived import stage_tokens
-from nano_pretrain.recipe.errors import RunError
+from nano_pretrain.recipe.errors import RunError, UserError
 from nano_pretrain.recipe.split import stage_build
 from nano_pretrain.schedule.learning_rate import learning_rate
 from nano_pretrain.train.session import Callback, Session, StepRecord
@@ -92,6 +92,11 @@ def _optimize(
     session: Session, reader: BatchReader, stage: StagePlan, batch: int, lr: float, request: StopRequest
 ) -> StepResult:
     ranks = data_parallel_place()[1]
+    if batch % (ranks * stage.micro_batch_size):
+        raise UserError(
+            f"cluster.gpus: {batch} samples of a step after {session.tokens:,} tokens are not divisible by {ranks} "
+            f"data-parallel ranks x micro_batch_size {stage.micro_batch_size}; start as many ranks as before"
+        )
     return session.trainable.step(
         reader.micro_batches(session.tokens),
         batch // (ranks * stage.micro_batch_size),

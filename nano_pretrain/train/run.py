@@ -140,7 +140,8 @@ def _train(
                     f"{directory}: {stopped.reason}; checkpoint at {session.tokens:,} tokens, run again to continue",
                     flush=True,
                 )
-            return EXIT_CONTINUE, stopped.reason, stopped.restart
+            # A signal that came while the last callbacks were at work is a stop as well.
+            return EXIT_CONTINUE, stopped.reason, stopped.restart and request.signal_name is None
         _finish(session, heldout)
     return EXIT_DONE, "finished", False
 
@@ -229,8 +230,6 @@ def _callbacks(session: Session, heldout: Callable[[], HeldOut]) -> list[Callbac
     """In the order in which they are called; what may be lost by a kill comes before the checkpoint that covers it."""
     recipe = session.recipe
     callbacks: list[Callback] = [Metrics(), Validation(heldout, recipe.validation.every)]
-    if recipe.evaluate.lengths and recipe.evaluate.at_stage_end:
-        callbacks.append(LengthEvaluation(LengthSuite(recipe.evaluate, recipe, session.corpus)))
     if (losses := session.trainable.model.quantisation_losses) and recipe.log.fp8_every:
         callbacks.append(Quantisation(losses, recipe.log.fp8_every))
     if session.ranks.is_first:
@@ -240,6 +239,8 @@ def _callbacks(session: Session, heldout: Callable[[], HeldOut]) -> list[Callbac
         if recipe.log.wandb != "disabled":
             callbacks.append(Wandb(recipe.log.wandb, recipe.log.wandb_project, recipe.log.every))
     callbacks.append(Checkpoints())
+    if recipe.evaluate.lengths and recipe.evaluate.at_stage_end:
+        callbacks.append(LengthEvaluation(LengthSuite(recipe.evaluate, recipe, session.corpus)))
     if recipe.log.profile:
         first, last = recipe.log.profile
         callbacks.append(Profiler(first, last))

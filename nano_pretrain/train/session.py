@@ -53,6 +53,11 @@ class Session:
         """Whether all tokens are consumed."""
         return self.tokens >= self.curriculum.total_tokens
 
+    @property
+    def at_stage_end(self) -> bool:
+        """Whether the last step was the last one of its stage."""
+        return self.tokens > 0 and self.tokens == self.curriculum.stage_at(self.tokens - 1).end_tokens
+
     def checkpoint_bytes(self) -> int:
         """Room that a checkpoint needs: each parameter, its FP32 copy and two moments, and what the format adds."""
         model = self.recipe.model

@@ -11,12 +11,14 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from nano_pretrain.data.curriculum import Curriculum, SampleAddress
+from nano_pretrain.data.ranges import SourceSize
 from nano_pretrain.recipe.acts import Act
 from nano_pretrain.recipe.errors import RecipeError
 from nano_pretrain.recipe.schema import BatchRampConfig, Recipe
 from nano_pretrain.train.told import check_act
 from tests.data.curricula import KNOWN, curricula, recipe, share, stage, two_stages
 
+BLENDS = st.dictionaries(st.sampled_from(sorted(KNOWN)), st.integers(1, 5), min_size=1)
 BATCH, END = "stages.pretrain.global_batch_size", "stages.pretrain.schedule.extend_to"
 
 
@@ -56,7 +58,7 @@ def test_no_act_changes_what_was_read(curriculum: Curriculum, data: st.DataObjec
                     ("global_batch_size", st.integers(1, 12)),
                     ("schedule.extend_to", st.integers(1, 3 * plan.config.tokens)),
                 ]
-                + [(f"phases.{p.name}.blend", st.just({"math": 1, "web": 2})) for p in plan.phases]
+                + [(f"phases.{p.name}.blend", BLENDS) for p in plan.phases]
             )
         )
         try:
@@ -106,6 +108,16 @@ def test_a_source_that_a_stage_is_told_to_read_is_shared() -> None:
     assert after.sources["code"].by_stage["extension"].spans == ((0, KNOWN["code"].tokens),)
 
 
+def test_a_source_that_an_act_brought_in_stays_where_it_is() -> None:
+    before = Curriculum(two_stages(), {**KNOWN, "new": SourceSize((6000,))})
+    first = told(before, 320, "stages.pretrain.phases.p2.blend", {"new": 1, "web": 1})
+    second = told(first, 2560, "stages.extension.phases.long.blend", {"new": 1, "web": 1})
+    third = told(second, 2560, "stages.extension.schedule.extend_to", 1200)
+    for changed in (second, third):
+        assert any(address.source == "new" for _, samples in steps(changed, 2560) for address in samples)
+        assert steps(changed, 2560) == steps(first, 2560)
+
+
 @pytest.mark.parametrize(
     ("tokens", "field", "value", "problem"),
     [
@@ -148,3 +160,31 @@ def test_a_batch_that_grows_reads_the_same_samples() -> None:
 def test_shares_of_phases_do_not_depend_on_the_batch() -> None:
     (plan,) = Curriculum(ramped(4, 4, 960), KNOWN).stages
     assert abs(plan.phases[0].end_tokens - Fraction(6400, 2)) < 16 * 8
+
+
+@pytest.mark.parametrize(
+    ("ramp", "problem"),
+    [
+        ((16, 4, 960), "16 is not below global_batch_size = 16"),
+        ((4, 5, 960), "5 does not divide 16 - 4 = 12"),
+        ((4, 4, 6400), "6400 is not less than the stage's 6400"),
+    ],
+)
+def test_a_ramp_that_leads_nowhere_is_refused(ramp: tuple[int, int, int], problem: str) -> None:
+    with pytest.raises(RecipeError, match=problem):
+        Curriculum(ramped(*ramp), KNOWN)
+
+
+def test_the_batch_can_be_changed_when_it_has_grown() -> None:
+    grown = Curriculum(ramped(4, 4, 960), KNOWN)
+    with pytest.raises(RecipeError, match="the batch of stage s grows until 960 tokens"):
+        told(grown, 320, "stages.s.global_batch_size", 2)
+    later = next(tokens for tokens, _ in steps(grown) if tokens >= 960)
+    after = told(grown, later, "stages.s.global_batch_size", 2)
+    assert {len(samples) for tokens, samples in steps(after) if tokens >= later} == {2}
+
+
+def test_an_act_does_not_swallow_a_phase() -> None:
+    config = recipe({"s": stage(6400, {"a": share(0.98, web=1), "b": share(0.02, math=1)})})
+    with pytest.raises(RecipeError, match=r"phases\.b: no step of"):
+        told(Curriculum(config, KNOWN), 320, "stages.s.global_batch_size", 100)

@@ -34,7 +34,7 @@ FORM = [
     ("recipe=nano_12b_v2 ~schedule", f"{PRETRAIN}.schedule.lr", "has no value", r"schedule\.lr=VALUE"),
     ("recipe=nano_12b_v2 ~curriculum", f"{PRETRAIN}.phases", "is empty", "at least one phase"),
     ("recipe=nano_12b_v2 ~data", "data.corpus", "has no value", r"data\.corpus=VALUE"),
-    ("recipe=tiny ~stages.pretrain", "stages", "the recipe has no stage", "add stages.NAME"),
+    ("recipe=tiny extension=none ~stages.pretrain", "stages", "the recipe has no stage", "add stages.NAME"),
     ("recipe=nano_12b_v2 model=null", "model", "is not the name of a file", "model=tiny"),
 ]
 TYPES = [

@@ -24,6 +24,7 @@ ATTEMPTS = 6
 FIRST_WAIT_SECONDS = 1.0
 LONGEST_WAIT_SECONDS = 60.0
 MAX_REPLY_BYTES = 1 << 20
+SHOWN_CHARACTERS = 300
 BUSY = frozenset({408, 425, 429})
 """Client errors that pass, as do all server errors."""
 
@@ -112,9 +113,9 @@ class Endpoint:
         return UserError(f"{field}: {self._url} answered {self._clean(problem)}; mend it and run again")
 
     def _clean(self, message: object) -> str:
-        """On one line, without the key."""
+        """On one line, without the key, and then cut: a cut key would no longer be found."""
         line = " ".join(str(message).split())
-        return line.replace(self._key, "***") if self._key else line
+        return (line.replace(self._key, "***") if self._key else line)[:SHOWN_CHARACTERS]
 
 
 def _check_url(url: str) -> None:
@@ -141,9 +142,9 @@ def _content(reply: bytes) -> str:
         content = choice["message"]["content"]
         cut_off = choice.get("finish_reason") == "length"
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        raise _PassingError(f"no chat completion but {reply[:60]!r}") from None
+        raise _PassingError(f"no chat completion but {reply!r}") from None
     if not isinstance(content, str):
-        raise _PassingError(f"no text but {content!r:.60}")
+        raise _PassingError(f"no text but {content!r}")
     return "" if cut_off else content
 
 
@@ -157,7 +158,7 @@ def _said(error: urllib.error.HTTPError) -> str:
         said: Any = json.loads(text)["error"]["message"]
     except (ValueError, LookupError, TypeError, RecursionError):
         said = text
-    return str(said)[:300]
+    return str(said)
 
 
 def _seconds(headers: email.message.Message) -> float | None:
