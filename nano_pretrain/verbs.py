@@ -9,6 +9,7 @@ from pathlib import Path
 from nano_pretrain.recipe.derived import stage_ranks
 from nano_pretrain.recipe.errors import EXIT_CONTINUE, EXIT_DONE, UserError
 from nano_pretrain.recipe.load import recorded_recipe
+from nano_pretrain.recipe.rules_evaluate import lengths_at_stage_ends
 from nano_pretrain.recipe.schema import Recipe
 
 
@@ -36,6 +37,7 @@ def plan(recipe: Recipe, overrides: list[str]) -> int:
     from nano_pretrain.plan.answer import answer_plan, answer_search
     from nano_pretrain.train.before import check_prepared_corpus
 
+    lengths_at_stage_ends(recipe)
     directory = run_directory(recipe)
     check_prepared_corpus(recipe, directory)
     if recipe.plan.search:
@@ -47,6 +49,7 @@ def plan(recipe: Recipe, overrides: list[str]) -> int:
 
 def train(recipe: Recipe, overrides: list[str]) -> int:
     """The run on this process's ranks."""
+    lengths_at_stage_ends(recipe)
     from nano_pretrain.launch.parent import die_with_parent
     from nano_pretrain.train.signals import StopRequest
 
@@ -85,6 +88,7 @@ def launch(recipe: Recipe, overrides: list[str]) -> int:
     from nano_pretrain.launch.local import launch_local
     from nano_pretrain.train.before import answer, asks_for_restart, check_before, next_stage
 
+    lengths_at_stage_ends(recipe)
     directory = run_directory(recipe)
     curriculum = check_before(recipe, overrides, directory, first_rank=True)
     recipe = curriculum.recipe

@@ -94,14 +94,16 @@ class LengthSuite:
             for task in options.tasks:
                 examples = prompts.examples(task, positions.length, options.examples, options.seed)
                 retrieval[task] = self._score(subject, passes, examples, done)
-            lines.append({
-                "length": positions.length,
-                "precision": self._recipe.precision.name,
-                "examples": options.examples,
-                "seed": options.seed,
-                "retrieval": retrieval,
-                "positions": positions.evaluate(subject.run, passes, done),
-            })
+            lines.append(
+                {
+                    "length": positions.length,
+                    "precision": self._recipe.precision.name,
+                    "examples": options.examples,
+                    "seed": options.seed,
+                    "retrieval": retrieval,
+                    "positions": positions.evaluate(subject.run, passes, done),
+                }
+            )
         return lines
 
     def _passes(self, shape: tuple[int, int], subject: Subject) -> Passes:

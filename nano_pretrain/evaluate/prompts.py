@@ -118,9 +118,7 @@ class Prompts:
         self._tokenizer = tokenizer
         self._noise = [self._tokens(sentence) for sentence in NOISE]
         self.numbers = Words(self._tokens, lambda random: str(random.randrange(10**6, 10**7)), 9 * 10**6)
-        self.variables = Words(
-            self._tokens, lambda random: "".join(random.choices(CAPITALS, k=5)), len(CAPITALS) ** 5
-        )
+        self.variables = Words(self._tokens, lambda random: "".join(random.choices(CAPITALS, k=5)), len(CAPITALS) ** 5)
         self.words = Words(
             self._tokens,
             lambda random: "".join(random.choice(CONSONANTS) + random.choice(VOWELS) for _ in range(3)),

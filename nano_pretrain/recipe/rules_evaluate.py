@@ -12,7 +12,7 @@ LONGEST = 2**31 - 1
 
 
 def evaluation(recipe: Recipe) -> None:
-    """Tasks that there are, lengths in tokens, each once; and layouts whose forward pass takes any length."""
+    """Tasks that there are, and lengths in tokens, each once."""
     options = recipe.evaluate
     for task in options.tasks:
         if task not in RETRIEVAL_TASKS:
@@ -24,12 +24,18 @@ def evaluation(recipe: Recipe) -> None:
         values = getattr(options, name)
         if len(set(values)) < len(values):
             raise RecipeError(f"evaluate.{name}", "names one twice", "write each once")
-    if options.lengths and options.at_stage_end:
-        _any_length(recipe)
 
 
-def _any_length(recipe: Recipe) -> None:
-    """CUDA graphs and user buffers are made for the one shape that is trained."""
+def lengths_at_stage_ends(recipe: Recipe) -> None:
+    """CUDA graphs and user buffers are made for the one shape that is trained.
+
+    For the verbs that train or plan alone: no other evaluates in the layout of a stage.
+
+    Raises:
+        RecipeError: a stage has them, and is to be evaluated at its end.
+    """
+    if not (recipe.evaluate.lengths and recipe.evaluate.at_stage_end):
+        return
     for name, stage in recipe.stages.items():
         for field in ("cuda_graphs", "tensor_overlap"):
             if getattr(stage_layout(recipe, stage), field):

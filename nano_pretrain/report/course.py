@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from math import isfinite
+from math import isfinite, nan
 from typing import Any
 
 from nano_pretrain.report.record import Record, mapping, number
@@ -31,14 +32,17 @@ class Mark:
 
 
 def spans(record: Record) -> list[Span]:
-    """The phases as the recipe plans them or, without a readable recipe, as the steps recorded them."""
+    """The phases: those that are over as the steps recorded them, the others as the recipe plans them.
+
+    Without a readable recipe all are as recorded.
+    """
     return _planned(record) or _recorded(record)
 
 
 def planned_tokens(record: Record) -> float:
     """Tokens of the whole run; NaN when the recipe does not say."""
     stages = mapping(record.recipe.get("stages"))
-    return sum(number(mapping(stage).get("tokens")) for stage in stages.values()) if stages else float("nan")
+    return sum(_stage_tokens(mapping(stage)) for stage in stages.values()) if stages else float("nan")
 
 
 def source_names(record: Record) -> list[str]:
@@ -54,7 +58,7 @@ def schedule_marks(record: Record) -> list[Mark]:
     marks: list[Mark] = []
     start = 0.0
     for stage in map(mapping, mapping(record.recipe.get("stages")).values()):
-        schedule, tokens = mapping(stage.get("schedule")), number(stage.get("tokens"))
+        schedule, tokens = mapping(stage.get("schedule")), _stage_tokens(stage)
         warmup, decay = number(schedule.get("warmup_tokens")), number(schedule.get("decay_tokens"))
         stable = schedule.get("kind") == "wsd"
         if warmup > 0:
@@ -67,19 +71,34 @@ def schedule_marks(record: Record) -> list[Mark]:
 
 def _planned(record: Record) -> list[Span]:
     found: list[Span] = []
-    start = 0.0
+    reached = dict(zip(record.steps.places, record.steps.tokens.tolist(), strict=True))
+    now, end = record.steps.places[-1:], 0.0
     for stage_name, stage in mapping(record.recipe.get("stages")).items():
-        tokens = number(mapping(stage).get("tokens"))
-        for name, phase in mapping(mapping(stage).get("phases")).items():
-            length = _length(mapping(phase), tokens)
-            shares = _shares(mapping(phase).get("blend")) or _ledger_shares(record, stage_name, name)
-            found.append(Span(stage_name, name, start, start + length, shares))
-            start += length
-    return found if all(span.end > span.start for span in found) else []
+        stage_start = end
+        for name, planned, blend in _planned_phases(mapping(stage)):
+            place, start = (stage_name, name), end
+            recorded = max(start, reached.get(place, start))
+            over = place in reached and place not in now
+            # A phase that should have ended before the stage was told to end sooner goes on to where it was told.
+            end = recorded if over else max(stage_start + planned, recorded)
+            shares = _shares(blend) or _ledger_shares(record, *place)
+            found.append(Span(*place, start, end, shares))
+    return [span for span in found if span.end > span.start] if all(isfinite(span.end) for span in found) else []
 
 
-def _length(phase: dict[str, Any], stage_tokens: float) -> float:
-    return number(phase["tokens"]) if phase.get("tokens") is not None else number(phase.get("share")) * stage_tokens
+def _planned_phases(stage: dict[str, Any]) -> Iterator[tuple[str, float, object]]:
+    """Name of each phase, tokens of the stage at its end, and its blend; NaN where the recipe does not say."""
+    tokens, share = number(stage.get("tokens")) or nan, 0.0
+    for name, phase in mapping(stage.get("phases")).items():
+        own = mapping(phase)
+        share += number(own["tokens"]) / tokens if own.get("tokens") is not None else number(own.get("share"))
+        yield name, share * _stage_tokens(stage), own.get("blend")
+
+
+def _stage_tokens(stage: dict[str, Any]) -> float:
+    """Tokens at which a stage ends: those that the run was told last, else its own."""
+    told = number(mapping(stage.get("schedule")).get("extend_to"))
+    return told if isfinite(told) else number(stage.get("tokens"))
 
 
 def _recorded(record: Record) -> list[Span]:

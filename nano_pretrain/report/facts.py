@@ -7,6 +7,7 @@ from math import isfinite, nan
 
 import numpy as np
 
+from nano_pretrain.recipe.describe import as_written
 from nano_pretrain.recipe.errors import EXIT_CONTINUE, EXIT_DONE, EXIT_USER_ERROR
 from nano_pretrain.report import words
 from nano_pretrain.report.course import planned_tokens, source_names
@@ -93,6 +94,12 @@ def ledger_table(record: Record) -> Table:
         sums = (_whole(sum(number(count) for count in phase.values())) for phase in per_phase)
         rows.append(("all", _whole(total), words.percent(1.0), "", *sums))
     return Table(("consumed tokens", "in all", "share", "epochs", *names), rows, total=bool(rows))
+
+
+def acts_table(record: Record) -> Table:
+    """What the run was told to change in mid-run; empty for most runs."""
+    header = ("changed in mid-run", "before", "after", "from tokens")
+    return Table(header, [(a.field, as_written(a.before), as_written(a.after), f"{a.tokens:,}") for a in record.acts])
 
 
 def quantisation_table(record: Record) -> Table:

@@ -18,19 +18,24 @@ from nano_pretrain.report.style import FAINT, INK, EndLabel, label_ends, looks, 
 
 _NONE = TaskScores((nan, nan), (nan, nan), nan)
 
+_Point = tuple[float, str, float, tuple[str, str, str]]
+"""Tokens, stage, length and conditions."""
+
 
 def retrieval_table(record: Record) -> Table:
-    """A row for each task and length, two columns for each evaluated point of the run; empty without retrieval."""
+    """A row for each task, length and conditions, two columns for each evaluated point; empty without retrieval."""
     found = _newest(record)
+    told_apart = _differences(found)
     points = dict.fromkeys((each.tokens, each.stage) for each in found)
-    names = dict.fromkeys((name, each.length) for each in found for name in each.tasks)
-    scores = {(each.tokens, each.stage, each.length, name): s for each in found for name, s in each.tasks.items()}
+    names = dict.fromkeys((name, each.length, each.conditions) for each in found for name in each.tasks)
+    scores = {(*_point(each), name): s for each in found for name, s in each.tasks.items()}
     rows = []
-    for name, length in names:
-        of_row = [scores.get((*point, length, name), _NONE) for point in points]
+    for name, length, conditions in names:
+        of_row = [scores.get((*point, length, conditions, name), _NONE) for point in points]
         chance = next((each.chance for each in of_row if isfinite(each.chance)), nan)
         cells = [_score(pair) for each in of_row for pair in (each.rank, each.match)]
-        rows.append((f"{name}, {length:,.0f} tokens", words.decimal(chance, 2), *cells))
+        row = ", ".join([name, f"{length:,.0f} tokens", *told_apart[conditions]])
+        rows.append((row, words.decimal(chance, 2), *cells))
     headers = [(f"{stage}, {words.count(tokens)}: ranked", "generated") for tokens, stage in points]
     return Table(("retrieval", "chance", *(cell for pair in headers for cell in pair)), rows)
 
@@ -42,8 +47,12 @@ def positions_figure(record: Record) -> Figure:
         raise NothingToShow("No loss by position has been recorded.")
     longest = max(each.length for each in found)
     found = [each for each in found if each.length == longest]
-    figure, (ax,) = new_figure(4.3, right=0.74)
-    names = [f"{each.stage} {words.count(each.tokens)}" for each in found]
+    told_apart = _differences(found)
+    figure, (ax,) = new_figure(4.3, right=0.6 if any(told_apart.values()) else 0.74)
+    names = [
+        ", ".join(map(plain, [f"{each.stage} {words.count(each.tokens)}", *told_apart[each.conditions]]))
+        for each in found
+    ]
     labels = []
     for each, name, look in zip(found, names, looks(list(map(str, range(len(found))))).values(), strict=True):
         labels += _line(ax, each, name, look.colour, look.dashes)
@@ -55,13 +64,22 @@ def positions_figure(record: Record) -> Figure:
 
 
 def _newest(record: Record) -> list[LengthEvaluation]:
-    """One evaluation for each point and length, by tokens: what was evaluated again replaces what was before."""
-    found: dict[tuple[float, str, float], LengthEvaluation] = {}
+    """One evaluation for each point, length and conditions, by tokens: the same again replaces what was before."""
+    found: dict[_Point, LengthEvaluation] = {}
     for each in record.lengths:
-        key = (each.tokens, each.stage, each.length)
-        before = found.get(key)
-        found[key] = replace(each, tasks={**before.tasks, **each.tasks}) if before else each
+        before = found.get(_point(each))
+        found[_point(each)] = replace(each, tasks={**before.tasks, **each.tasks}) if before else each
     return sorted(found.values(), key=lambda each: each.tokens)
+
+
+def _point(each: LengthEvaluation) -> _Point:
+    return each.tokens, each.stage, each.length, each.conditions
+
+
+def _differences(found: list[LengthEvaluation]) -> dict[tuple[str, ...], list[str]]:
+    """Of all conditions those that not every evaluation has."""
+    common = set[str].intersection(*(set(each.conditions) for each in found)) if found else set()
+    return {each.conditions: [part for part in each.conditions if part not in common] for each in found}
 
 
 def _score(pair: tuple[float, float]) -> str:
@@ -78,7 +96,7 @@ def _line(ax: Axes, each: LengthEvaluation, name: str, colour: str, dashes: str)
     if len(each.error) == len(each.loss):
         ax.fill_between(middles, each.loss - each.error, each.loss + each.error, color=colour, alpha=0.13, linewidth=0)
     last = float(each.loss[-1])
-    return [EndLabel(last, f"{plain(name)} {last:.3f}", colour, dashes)] if isfinite(last) else []
+    return [EndLabel(last, f"{name} {last:.3f}", colour, dashes)] if isfinite(last) else []
 
 
 def _position_axis(ax: Axes, longest: float, documents: str) -> None:

@@ -92,6 +92,7 @@ def _html(record: Record, pictures: dict[str, Picture]) -> str:
         cards=facts.cards(record),
         pictures=pictures,
         heldout=facts.heldout_table(record),
+        acts=facts.acts_table(record),
         ledger=facts.ledger_table(record),
         quantisation=facts.quantisation_table(record),
         retrieval=retrieval_table(record),

@@ -13,6 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import yaml
 
+from nano_pretrain.recipe.acts import HISTORY, Act
+
 Floats = npt.NDArray[np.float64]
 
 
@@ -68,6 +70,7 @@ class LengthEvaluation:
         tokens: consumed.
         stage: that had just ended, or that the checkpoint belongs to.
         length: tokens of a prompt and of a sample.
+        conditions: precision, examples and seed, in words; only what agrees in them compares.
         tasks: scores by task.
         documents: "whole" or "concatenated".
         edges: borders of the bins of positions.
@@ -78,6 +81,7 @@ class LengthEvaluation:
     tokens: float
     stage: str
     length: float
+    conditions: tuple[str, str, str]
     tasks: dict[str, TaskScores]
     documents: str
     edges: Floats
@@ -116,6 +120,7 @@ class Record:
     samples: list[Sample]
     recipe: dict[str, Any]
     recipe_text: str
+    acts: list[Act]
     environment: dict[str, Any]
     baselines: dict[str, Any]
     ledger: dict[str, Any]
@@ -136,6 +141,7 @@ def read_record(run_dir: Path) -> Record:
         samples=[_sample(line) for line in _read_lines(run_dir / "samples.jsonl", problems)],
         recipe=recipe,
         recipe_text=recipe_text,
+        acts=_acts(run_dir / HISTORY, problems),
         environment=_read_json(run_dir / "environment.json", problems),
         baselines=_read_json(run_dir / "baselines.json", problems),
         ledger=_read_json(run_dir / "ledger.json", problems),
@@ -239,6 +245,16 @@ def _evaluations(lines: list[dict[str, Any]]) -> list[Evaluation]:
     ]
 
 
+def _acts(path: Path, problems: dict[str, str]) -> list[Act]:
+    # Most runs were told nothing.
+    lines = _read_lines(path, problems) if path.exists() else []
+    return [
+        Act(round(tokens), str(line.get("field", "")), line.get("before"), line.get("after"))
+        for line in lines
+        if isfinite(tokens := number(line.get("tokens")))
+    ]
+
+
 def _lengths(path: Path, problems: dict[str, str]) -> list[LengthEvaluation]:
     # Only runs that were asked to have any.
     lines = _read_lines(path, problems) if path.exists() else []
@@ -256,6 +272,11 @@ def _length_evaluation(line: dict[str, Any]) -> LengthEvaluation:
         tokens=number(line.get("tokens")),
         stage=str(line.get("stage", "")),
         length=number(line.get("length")),
+        conditions=(
+            str(line.get("precision", "precision not recorded")),
+            f"{line.get('examples')} examples",
+            f"seed {line.get('seed')}",
+        ),
         tasks={name: _task_scores(mapping(found)) for name, found in mapping(line.get("retrieval")).items()},
         documents=str(positions.get("documents", "")),
         edges=_numbers(bins.get("edges")),

@@ -45,8 +45,8 @@ def verb(small: SmallRuns, trained: list[dict[str, Any]]) -> Finished:
 
 
 def test_stage_end_leaves_a_line_for_each_length(trained: list[dict[str, Any]]) -> None:
-    places = [(line["tokens"], line["stage"], line["length"]) for line in trained]
-    assert places == [(2 * TOKENS_PER_STEP, "pretrain", length) for length in (402, 500)]
+    places = [(line["tokens"], line["stage"], line["length"], line["precision"]) for line in trained]
+    assert places == [(2 * TOKENS_PER_STEP, "pretrain", length, "fp8_blockwise") for length in (402, 500)]
     for line in trained:
         assert all(found["score"] in (0, 0.5, 1) for found in scores(line).values())
         assert 0 < line["positions"]["loss"] < 10
@@ -56,6 +56,7 @@ def test_verb_adds_its_line_and_prints_tables(small: SmallRuns, trained: list[di
     assert verb.code == 0, verb.text
     *before, line = lines(small.path("run") / "evaluation.jsonl")
     assert before == trained
+    assert line["precision"] == "bf16"
     assert scores(line).keys() == scores(trained[0]).keys()
     # The run's products are FP8, the verb's BF16: losses of weights near their start hardly differ (measured 2e-4).
     assert line["positions"]["loss"] == pytest.approx(trained[0]["positions"]["loss"], rel=2e-3)
@@ -68,7 +69,8 @@ def test_report_shows_what_was_evaluated(small: SmallRuns, verb: Finished) -> No
     from nano_pretrain.report import render_report
 
     page = render_report(small.path("run")).read_text()
-    assert "<td>niah_single, 402 tokens</td>" in page
+    for precision in ("fp8_blockwise", "bf16"):
+        assert f"<td>niah_single, 402 tokens, {precision}</td>" in page
     assert "Held-out loss by position" in page
 
 

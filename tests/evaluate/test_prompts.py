@@ -6,6 +6,7 @@ from collections import Counter
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from random import Random
 
 import pytest
 from hypothesis import given
@@ -16,11 +17,13 @@ from nano_pretrain.evaluate.prompts import (
     CANDIDATES,
     COMMON_TIMES,
     COMMON_WORDS,
+    CONSONANTS,
     HOPS,
     NOISE,
     RARE_TIMES,
     Example,
     Prompts,
+    Words,
     check_lengths,
 )
 from nano_pretrain.recipe.errors import RecipeError
@@ -139,6 +142,42 @@ def test_too_short_lengths_are_told_the_least() -> None:
     with pytest.raises(RecipeError, match=problem):
         check_lengths(options, tokenizer)
     check_lengths(EvaluateConfig(lengths=[least[worst] - 1], tasks=["niah_single"]), tokenizer)
+
+
+def test_words_can_be_drawn_up_to_the_most_there_are() -> None:
+    encoded: list[str] = []
+
+    def encode(text: str) -> list[int]:
+        encoded.append(text)
+        return [0] * (3 if text < " n" else 2)
+
+    words = Words(encode, lambda random: "".join(random.choices(CONSONANTS, k=3)), len(CONSONANTS) ** 3)
+    # 7 of the 14 letters come before n: half of the words, give or take four standard deviations of 2000 draws.
+    usable = len(CONSONANTS) ** 3 / 2
+    assert words.most == pytest.approx(0.8 * usable, rel=4 * 0.0224)
+    encoded.clear()
+    assert len(set(words.sample(Random(1), words.most))) == words.most
+    # Two draws a word because half are of use, times what repeats take, 2 at 0.8.
+    assert len(encoded) < 1.3 * 2 * 2 * words.most
+
+
+def test_lengths_for_which_there_are_no_words_are_told_the_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, maker = prompts(60)
+    most = maker.most("cwe")
+    assert most > 10**6, "a million tokens are no odd length"
+    check_lengths(EvaluateConfig(lengths=[2000, int(most)]), tokenizer)
+    options = EvaluateConfig(lengths=[2000, int(most) + 1])
+    problem = f"{most + 1} tokens are more than there are words for in cwe; write at most {most}, or evaluate.tasks"
+    with pytest.raises(RecipeError, match=problem):
+        check_lengths(options, tokenizer)
+    options.tasks.remove("cwe")
+    check_lengths(options, tokenizer)
+    # Of few words the longest prompt has all.
+    monkeypatch.setattr(maker.words, "most", 40)
+    (example,) = maker.examples("cwe", int(maker.most("cwe")), 1, 0)
+    assert len(example.prompt) + example.room == maker.most("cwe")
+    listed = tokenizer.decode(example.prompt).partition("List:")[2].partition("\nQuestion")[0]
+    assert len(set(listed.split())) == 40
 
 
 def test_tokenizer_of_the_corpora_of_tests_has_room_for_all_tasks(tmp_path: Path) -> None:

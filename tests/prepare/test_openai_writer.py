@@ -149,6 +149,16 @@ def test_what_is_wrong_is_not_tried_again_and_never_shows_the_key(tmp_path: Path
         assert len(server.prompts) == 1
 
 
+@pytest.mark.parametrize("status", [200, 401, 500])
+@pytest.mark.parametrize("before", [*range(20, 80, 14), *range(267, 295, 5)])
+def test_a_key_across_the_cut_of_a_reply_is_struck_whole(status: int, before: int, tmp_path: Path) -> None:
+    with serving(lambda _: Answer(status, b"x" * before + KEY.encode() + b"y" * 400)) as server:
+        with pytest.raises(UserError) as caught:
+            endpoint.Endpoint(server.url, 5, threading.Event()).complete(b'{"messages": [{"content": ""}]}')
+        assert KEY[:4] not in str(caught.value)
+        assert len(str(caught.value)) < 600
+
+
 def test_the_key_goes_into_the_header_and_nowhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(asks_about) as server:
         ask(server, tmp_path)

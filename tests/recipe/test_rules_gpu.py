@@ -7,8 +7,10 @@ from dataclasses import replace
 
 import pytest
 
+from nano_pretrain import verbs
 from nano_pretrain.compose import compose
-from nano_pretrain.recipe.errors import RecipeError
+from nano_pretrain.recipe.errors import RecipeError, UserError
+from nano_pretrain.recipe.rules_evaluate import evaluation, lengths_at_stage_ends
 from nano_pretrain.recipe.rules_gpu import cuda_graphs, tensor_overlap
 from nano_pretrain.recipe.schema import ParallelConfig, PrecisionConfig, Recipe
 from tests.model.recipes import small_recipe
@@ -93,6 +95,23 @@ def test_a_stage_of_its_own_layout_is_named() -> None:
     assert_refused(
         recipe, "stages.pretrain.parallel.tensor_overlap: needs sequence parallelism; write stages.pretrain.p"
     )
+
+
+@pytest.mark.parametrize(("field", "layout"), [("tensor_overlap", OVERLAPPED), ("cuda_graphs", GRAPHED)])
+def test_only_verbs_that_train_or_plan_refuse_other_lengths_at_stage_ends(field: str, layout: ParallelConfig) -> None:
+    recipe = recipe_with(layout)
+    recipe.evaluate.lengths = [512]
+    evaluation(recipe)
+    message = rf"^evaluate\.at_stage_end: other lengths than the trained one do not go with parallel\.{field}; "
+    for verb in (verbs.plan, verbs.train, verbs.launch):
+        with pytest.raises(RecipeError, match=message + "write evaluate.at_stage_end=false and use the verb evaluate"):
+            verb(recipe, [])
+    recipe.run.name = "none-was-trained"
+    for verb in (verbs.evaluate, verbs.generate, verbs.report):
+        with pytest.raises(UserError, match=r"^run\.name: no run in"):
+            verb(recipe, [])
+    recipe.evaluate.at_stage_end = False
+    lengths_at_stage_ends(recipe)
 
 
 @pytest.mark.parametrize("option", ["tensor_overlap", "cuda_graphs"])

@@ -58,6 +58,34 @@ def test_what_is_evaluated_again_replaces_what_was_before_task_by_task(tmp_path:
     ]
 
 
+def test_other_precisions_and_sample_counts_have_rows_of_their_own(tmp_path: Path) -> None:
+    def under(precision: str, examples: int, found: dict[str, Any]) -> dict[str, Any]:
+        return {**found, "precision": precision, "examples": examples, "seed": 0}
+
+    in_run = [under("fp8_blockwise", 8, found) for found in (LINES[1], LINES[3])]
+    by_verb = [
+        under("bf16", 8, line(TOKENS, "long_context", 2048, 0.7, match=0.2)),
+        under("bf16", 32, line(TOKENS, "long_context", 2048, 0.6)),
+    ]
+    write_lines(tmp_path / "evaluation.jsonl", [*in_run, *by_verb])
+    record = read_record(tmp_path)
+    table = retrieval_table(record)
+    assert [row for row in table.rows if row[0].startswith("vt")] == [
+        ("vt, 2,048 tokens, fp8_blockwise, 8 examples", "0.25", "0.30 ± 0.08", "-", "0.90 ± 0.08", "-"),
+        ("vt, 2,048 tokens, bf16, 8 examples", "0.25", "-", "-", "0.70 ± 0.08", "0.20 ± 0.05"),
+        ("vt, 2,048 tokens, bf16, 32 examples", "0.25", "-", "-", "0.60 ± 0.08", "-"),
+    ]
+    (ax,) = positions_figure(record).axes
+    texts = {text.get_text().rpartition(" ")[0] for text in ax.texts}
+    assert {"long context 3.28M, fp8 blockwise, 8 examples"} <= {text.replace("_", " ") for text in texts}
+    assert len({text for text in texts if "examples" in text}) == 4
+    write_lines(tmp_path / "evaluation.jsonl", in_run)
+    assert {row[0] for row in retrieval_table(read_record(tmp_path)).rows} == {
+        "niah_single, 2,048 tokens",
+        "vt, 2,048 tokens",
+    }
+
+
 def test_the_longest_length_is_drawn_with_a_line_for_each_stage(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     write_lines(run / "evaluation.jsonl", LINES)

@@ -8,15 +8,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from nano_pretrain.data.course import phase_ends
+from nano_pretrain.recipe.acts import HISTORY, Act
+from nano_pretrain.recipe.schema import PhaseConfig, StageConfig
 from nano_pretrain.report import facts, words
-from nano_pretrain.report.course import schedule_marks, source_names, spans
+from nano_pretrain.report.course import planned_tokens, schedule_marks, source_names, spans
 from nano_pretrain.report.curves import POINTS, smooth, thin
 from nano_pretrain.report.length import retrieval_table
-from nano_pretrain.report.record import read_record
+from nano_pretrain.report.record import Record, read_record
 from nano_pretrain.report.style import looks, plain, spread
 from tests.report.synthetic_run import MANY_SOURCES, TOKENS, write_lines, write_run
 
@@ -115,6 +119,46 @@ def test_phases_and_marks_follow_the_recipe(tmp_path: Path) -> None:
     assert source_names(record) == list(MANY_SOURCES)
 
 
+def told(run: Path, extend_to: int, at: int) -> Record:
+    """A run whose first stage was given another end."""
+    field = "stages.pretrain.schedule.extend_to"
+    write_lines(run / HISTORY, [{"tokens": at, "field": field, "before": None, "after": extend_to}])
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe["stages"]["pretrain"]["schedule"]["extend_to"] = extend_to
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    return read_record(run)
+
+
+def test_an_extended_stage_keeps_the_ends_that_were_passed_and_moves_the_others(tmp_path: Path) -> None:
+    # At 0.7 of the tokens p1 (60 percent of the stage) is over, and p2 is not.
+    at, end = round(0.7 * TOKENS), 2 * TOKENS
+    record = told(write_run(tmp_path / "run", fraction=0.7), end, at)
+    borders = [0, 0.54 * TOKENS, 0.9 * end, end, end + TOKENS // 10]
+    found = spans(record)
+    assert [span.phase for span in found] == ["p1", "p2", "p3", "long"]
+    assert [span.start for span in found] + [found[-1].end] == pytest.approx(borders)
+    assert planned_tokens(record) == end + TOKENS // 10
+    assert [mark.tokens for mark in schedule_marks(record)] == pytest.approx([163_840, end - 819_200])
+    assert facts.acts_table(record).rows == [("stages.pretrain.schedule.extend_to", "null", f"{end}", f"{at:,}")]
+
+
+def test_phases_that_a_nearer_end_leaves_no_tokens_are_not_shown(tmp_path: Path) -> None:
+    at = round(0.5 * TOKENS)
+    found = spans(told(write_run(tmp_path / "run", fraction=0.5), round(0.52 * TOKENS), at))
+    assert [span.phase for span in found] == ["p1", "p3", "long"]
+    assert [span.end for span in found] == pytest.approx([at, 0.52 * TOKENS, 0.52 * TOKENS + TOKENS // 10], abs=1)
+
+
+def test_ends_are_those_that_the_run_itself_goes_by(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", fraction=0.7)
+    at, end = round(0.7 * TOKENS), 2 * TOKENS
+    stage = StageConfig(tokens=TOKENS * 9 // 10)
+    stage.phases = {name: PhaseConfig(share=share) for name, share in (("p1", 0.6), ("p2", 0.3), ("p3", 0.1))}
+    expected = phase_ends("pretrain", stage, [Act(at, "stages.pretrain.schedule.extend_to", None, end)], 0)
+    found = {span.phase: span.end for span in spans(told(run, end, at)) if span.stage == "pretrain"}
+    assert found == pytest.approx({name: float(tokens) for name, tokens in expected.items()})
+
+
 def test_without_a_recipe_phases_are_those_of_the_steps_and_shares_those_of_the_ledger(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     planned = spans(read_record(run))
@@ -165,7 +209,9 @@ def test_fp8_is_summed_up_by_operand(tmp_path: Path) -> None:
 @given(
     st.dictionaries(st.sampled_from(["recipe.yaml", "environment.json", "ledger.json", "exit.json"]), _DOCUMENTS),
     st.dictionaries(
-        st.sampled_from(["metrics.jsonl", "validation.jsonl", "evaluation.jsonl", "fp8.jsonl", "samples.jsonl"]),
+        st.sampled_from(
+            ["metrics.jsonl", "validation.jsonl", "evaluation.jsonl", "fp8.jsonl", "samples.jsonl", HISTORY]
+        ),
         st.lists(_DOCUMENTS),
     ),
 )
@@ -178,6 +224,12 @@ def test_any_json_is_read_and_summarised(documents: dict[str, Any], lines: dict[
         record = read_record(Path(name))
         assert len(facts.cards(record)) == 7
         assert len(schedule_marks(record)) <= 2 * len(record.recipe.get("stages") or "")
-        summaries = (facts.heldout_table, facts.ledger_table, facts.quantisation_table, retrieval_table)
+        summaries = (
+            facts.heldout_table,
+            facts.ledger_table,
+            facts.acts_table,
+            facts.quantisation_table,
+            retrieval_table,
+        )
         for table in (summary(record) for summary in summaries):
             assert all(len(row) == len(table.header) for row in table.rows)

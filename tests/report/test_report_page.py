@@ -197,6 +197,18 @@ def test_names_and_texts_are_escaped(tmp_path: Path) -> None:
     assert "failed (code 1)" in page
 
 
+def test_what_was_told_in_mid_run_has_a_section(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", fraction=0.1)
+    act = {"tokens": 1000, "field": "stages.pretrain.phases.p3.blend", "before": {"law": 1.0}, "after": {"c": 2.5}}
+    write_lines(run / "recipe_history.jsonl", [act])
+    with (run / "recipe_history.jsonl").open("a") as file:
+        file.write('{"tokens": 20')
+    section = _section(render_report(run).read_text(), "acts")
+    cells = ("stages.pretrain.phases.p3.blend", "{law: 1.0}", "{c: 2.5}", "1,000")
+    assert "".join(f"<td>{cell}</td>" for cell in cells) in section
+    assert "1 of 2 lines of recipe_history.jsonl cannot be read." in section
+
+
 def test_broken_documents_are_named(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", fraction=0.1)
     for name in ("ledger.json", "environment.json", "baselines.json", "exit.json"):
