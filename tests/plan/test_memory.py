@@ -98,6 +98,7 @@ PLAIN = {
 }
 
 
+@pytest.mark.full
 def test_the_peak_with_plain_kernels() -> None:
     for name, plan, found in compared(PLAIN, GRANULARITIES, "one rank", "plain"):
         assert plan.total == pytest.approx(found.peak, rel=PLAIN_TOLERANCE), name

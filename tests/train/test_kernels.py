@@ -41,6 +41,7 @@ def continued(small: SmallRuns, killed: Path) -> dict[str, Finished]:
     }
 
 
+@pytest.mark.full
 def test_plain_kernels_resume_bit_for_bit(small: SmallRuns, continued: dict[str, Finished]) -> None:
     undisturbed = small.run("train", "plain", PLAIN)
     assert undisturbed.code == continued["plain_killed"].code == 0

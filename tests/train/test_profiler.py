@@ -23,6 +23,7 @@ def test_the_steps_asked_for_are_profiled(small: SmallRuns) -> None:
     assert traced(small, "profiled", 2).count("aten::embedding") == 8
 
 
+@pytest.mark.full
 def test_a_profile_that_the_run_ends_in_is_written(small: SmallRuns) -> None:
     assert small.run("train", "ends", "cluster.gpus=1", TEN_STEPS, "log.profile=[10,20]").code == 0
     # The step, and the held-out samples at the end.
