@@ -27,18 +27,15 @@ from __future__ import annotations
 
 import argparse
 import math
-import multiprocessing
 import random
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.process import in_fresh_process, resident
 from nano_pretrain.data.curriculum import Curriculum, by_source
 from nano_pretrain.data.ranges import SourceSize
 from nano_pretrain.data.shards import TokenShard, TokenStream
@@ -90,19 +87,6 @@ def read_shares() -> dict[str, float]:
     endless = Curriculum(recipe, dict.fromkeys(names, SourceSize((1 << 60,))))
     read = by_source(endless.consumed(endless.total_tokens))
     return {name: sum(by_stage.values()) / endless.total_tokens for name, by_stage in read.items()}
-
-
-def resident(field: str) -> int:
-    """Bytes of `VmRSS` (now) or `VmHWM` (peak) of this process; `benchmarks.scan` has it too, but imports torch."""
-    found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    assert found
-    return 1024 * int(found[1])
-
-
-def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """The result of a call in a process that did nothing before."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
 
 
 def access_times(access: Callable[[int], object], samples: int) -> list[float]:

@@ -19,13 +19,10 @@ from __future__ import annotations
 
 import argparse
 import functools
-import multiprocessing
-import re
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.process import in_fresh_process, resident
 from benchmarks.step import measure, torch_products, with_default_products
 from nano_pretrain.kernels.mamba import mamba_split_conv1d_scan_combined
 from nano_pretrain.kernels.native.library import choose_kernels
@@ -153,13 +151,6 @@ def compare_speeds(length: int, precision: str, repeats: int) -> dict[str, int]:
     return {peer: found[name][1] for peer, name in best.items()}
 
 
-def resident(field: str) -> int:
-    """Bytes of `VmRSS` (now) or `VmHWM` (peak) of this process."""
-    found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    assert found
-    return 1024 * int(found[1])
-
-
 def bytes_kept(forward: Callable[[], Tensor], inputs: Iterable[Tensor]) -> int:
     """Bytes of all tensors that autograd keeps for the backward pass, without the inputs."""
     kept: dict[int, int] = {}
@@ -228,12 +219,6 @@ def layer_cost(setting: Setting, length: int, precision: str) -> tuple[float, in
         step()
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds), kept, peak
-
-
-def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """The result of a call in a process that did nothing before."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
 
 
 def print_scans(setting: Setting) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from nano_pretrain.data.curriculum import StagePlan
+from nano_pretrain.data.stage_plan import StagePlan
 from nano_pretrain.plan.device import Device
 from nano_pretrain.plan.ranks import rank_tensors, whole_model
 from nano_pretrain.recipe.derived import parameter_dtype, stage_ranks

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from nano_pretrain.data.curriculum import PhasePlan, StagePlan
+from nano_pretrain.data.stage_plan import PhasePlan, StagePlan
 from nano_pretrain.plan.data import DataPlan
 from nano_pretrain.recipe.derived import stage_tokens
 from nano_pretrain.recipe.schema import ScheduleConfig

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from nano_pretrain.data.curriculum import StagePlan
+from nano_pretrain.data.stage_plan import StagePlan
 from nano_pretrain.plan.blocks import executed_flops
 from nano_pretrain.plan.calibration import Calibration, calibrate
 from nano_pretrain.plan.cost import Cost, stage_cost

@@ -10,8 +10,9 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from nano_pretrain.checkpoint.manifest import newest_manifest, newest_tokens
-from nano_pretrain.data.curriculum import Curriculum, StagePlan
+from nano_pretrain.data.curriculum import Curriculum
 from nano_pretrain.data.shards import MANIFEST_NAME, Corpus, open_corpus
+from nano_pretrain.data.stage_plan import StagePlan
 from nano_pretrain.evaluate.prompts import check_lengths
 from nano_pretrain.platform.preflight import check_dependencies
 from nano_pretrain.recipe.acts import continuation, undone

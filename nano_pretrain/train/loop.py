@@ -9,8 +9,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from nano_pretrain.data.curriculum import StagePlan
 from nano_pretrain.data.loader import BatchReader
+from nano_pretrain.data.stage_plan import StagePlan
 from nano_pretrain.parallel.groups import data_parallel_place
 from nano_pretrain.recipe.derived import stage_tokens
 from nano_pretrain.recipe.errors import RunError, UserError

@@ -16,10 +16,11 @@ import torch.distributed as dist
 
 from nano_pretrain.checkpoint.files import write_json, write_whole
 from nano_pretrain.checkpoint.sharded import load_newest
-from nano_pretrain.data.curriculum import Curriculum, StagePlan
+from nano_pretrain.data.curriculum import Curriculum
 from nano_pretrain.data.ledger import ledger
 from nano_pretrain.data.loader import BatchReader
 from nano_pretrain.data.shards import open_corpus
+from nano_pretrain.data.stage_plan import StagePlan
 from nano_pretrain.evaluate.heldout import HeldOut
 from nano_pretrain.evaluate.length import LengthSuite
 from nano_pretrain.evaluate.room import without_room_at_stage_ends

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nano_pretrain.data.curriculum import StagePlan
+from nano_pretrain.data.stage_plan import StagePlan
 from nano_pretrain.parallel.groups import all_ranks_max
 from nano_pretrain.recipe.flops import count_flops
 from nano_pretrain.train.session import Session

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from nano_pretrain.data.curriculum import Curriculum, StagePlan
+from nano_pretrain.data.curriculum import Curriculum
+from nano_pretrain.data.stage_plan import StagePlan
 from nano_pretrain.recipe.acts import Act
 from nano_pretrain.recipe.derived import stage_tokens
 from nano_pretrain.recipe.errors import RecipeError

@@ -11,8 +11,9 @@ from functools import cache
 import pytest
 
 from nano_pretrain.compose import compose
-from nano_pretrain.data.curriculum import Curriculum, PhasePlan
+from nano_pretrain.data.curriculum import Curriculum
 from nano_pretrain.data.ranges import SourceSize
+from nano_pretrain.data.stage_plan import PhasePlan
 from nano_pretrain.plan.params import count_parameters
 from nano_pretrain.recipe.derived import stage_layout, stage_ranks
 from nano_pretrain.recipe.errors import UserError
