@@ -61,16 +61,17 @@ def phase_ends(name: str, first: StageConfig, acts: Sequence[Act], start: int) -
 def _check_ramp(field: str, first: StageConfig) -> None:
     """Of the recipe that the run began with: a batch that is told later may be another."""
     ramp, size = first.batch_ramp, first.global_batch_size
-    if ramp is None:
+    if not ramp.start:
         return
     if ramp.start >= size:
         problem = f"{ramp.start} is not below global_batch_size = {size}"
         raise RecipeError(f"{field}.start", problem, "write a smaller one")
-    if (size - ramp.start) % ramp.increment:
+    if not ramp.increment or (size - ramp.start) % ramp.increment:
         problem = f"{ramp.increment} does not divide {size} - {ramp.start} = {size - ramp.start}"
         raise RecipeError(f"{field}.increment", problem, f"write a divisor of {size - ramp.start}")
-    if ramp.tokens >= first.tokens:
-        raise RecipeError(f"{field}.tokens", f"{ramp.tokens} is not less than the stage's {first.tokens}", "write less")
+    if not 0 < ramp.ramp_tokens < first.tokens:
+        problem = f"{ramp.ramp_tokens} is not between 0 and the stage's {first.tokens}"
+        raise RecipeError(f"{field}.ramp_tokens", problem, f"write 1 to {first.tokens - 1}")
 
 
 def told_ends(name: str, acts: Sequence[Act], start: int) -> set[Fraction]:

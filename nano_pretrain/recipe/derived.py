@@ -38,11 +38,11 @@ def stage_tokens(stage: StageConfig) -> int:
 def batch_sizes(stage: StageConfig) -> list[tuple[int, int]]:
     """Tokens of the stage, and samples of the steps that start there or later, up to the next pair."""
     ramp = stage.batch_ramp
-    if ramp is None:
+    if not ramp.start:
         return [(0, stage.global_batch_size)]
     steps = max(1, (stage.global_batch_size - ramp.start) // ramp.increment)
-    sizes = [(ramp.tokens * step // steps, ramp.start + step * ramp.increment) for step in range(steps)]
-    return [*sizes, (ramp.tokens, stage.global_batch_size)]
+    sizes = [(ramp.ramp_tokens * step // steps, ramp.start + step * ramp.increment) for step in range(steps)]
+    return [*sizes, (ramp.ramp_tokens, stage.global_batch_size)]
 
 
 @dataclass(frozen=True)

@@ -26,13 +26,13 @@ POSITIVE = frozenset({
     "global_batch_size", "gpus", "train_bytes", "max_bytes_per_source", "max_epochs", "quota_window",
     "tokens_per_source", "keep", "timeout_seconds", "threads_per_rank", "peak_tflops", "max_new_tokens",
     "grace_seconds", "share", "storage_gigabytes_per_second", "checkpoint",
-    "bucket_size", "concurrency", "examples", "start", "increment", "extend_to",
+    "bucket_size", "concurrency", "examples", "extend_to",
 })  # fmt: skip
 """Last names of the fields that must be above 0."""
 
 NOT_NEGATIVE = frozenset({
     "bf16_first_linears", "bf16_last_linears", "weight_decay", "min_lr", "warmup_tokens", "decay_tokens", "every",
-    "fp8_every", "temperature", "seed", "ramp_tokens",
+    "fp8_every", "temperature", "seed", "ramp_tokens", "start", "increment",
 })  # fmt: skip
 """Last names of the fields that must be 0 or above."""
 
@@ -40,6 +40,7 @@ LARGEST = {
     "seed": 2**63 - 1,
     "tokens": 10**18,
     "extend_to": 10**18,
+    "ramp_tokens": 10**18,
     "checkpoint": 10**18,
     "bucket_size": 10**12,
     "max_new_tokens": 10**6,
@@ -53,7 +54,7 @@ LARGEST = {
     **dict.fromkeys(("mamba_num_heads", "mamba_head_dim", "mamba_num_groups"), 10**6),
     **dict.fromkeys(("tensor", "pipeline", "context"), 10**6),
     **dict.fromkeys(("max_epochs", "keep", "peak_tflops", "storage_gigabytes_per_second"), 10**6),
-    **dict.fromkeys(("sequence_length", "global_batch_size", "micro_batch_size", "gpus"), 10**9),
+    **dict.fromkeys(("sequence_length", "global_batch_size", "micro_batch_size", "gpus", "start", "increment"), 10**9),
     **dict.fromkeys(("train_bytes", "max_bytes_per_source", "tokens_per_source"), 10**15),
     "quota_window": 2**20,
     **dict.fromkeys(("every", "fp8_every"), 10**15),

@@ -153,9 +153,9 @@ class PhaseConfig:
 class BatchRampConfig:
     """A global batch that grows in equal steps."""
 
-    start: int = option(MISSING, "Samples of the first optimizer steps.", FIXED)
-    increment: int = option(MISSING, "Samples by which a step grows each time.", FIXED)
-    tokens: int = option(MISSING, "Tokens after which a step has `global_batch_size` samples.", FIXED)
+    start: int = option(0, "Samples of the first optimizer steps; 0: the batch does not grow.", FIXED)
+    increment: int = option(0, "Samples by which a step grows each time.", FIXED)
+    ramp_tokens: int = option(0, "Tokens after which a step has `global_batch_size` samples.", FIXED)
 
 
 @dataclass
@@ -166,9 +166,7 @@ class StageConfig:
     sequence_length: int = option(MISSING, "Tokens of a sample.", FIXED)
     micro_batch_size: int = option(1, "Samples a rank holds in one forward pass.")
     global_batch_size: int = option(MISSING, "Samples of an optimizer step over all ranks.", RECORDED)
-    batch_ramp: Optional[BatchRampConfig] = option(
-        None, "How the batch grows at the beginning; null: it does not.", FIXED
-    )
+    batch_ramp: BatchRampConfig = option(BatchRampConfig, "How the batch grows at the beginning.")
     schedule: ScheduleConfig = option(ScheduleConfig, "Learning-rate schedule.")
     phases: dict[str, PhaseConfig] = option(dict, "Phases in order: name -> share or tokens, and blend.")
     parallel: Optional[ParallelConfig] = option(None, "Layout of this stage; null means the recipe's `parallel`.")

@@ -88,6 +88,11 @@ class TokenClock:
             raise ValueError(f"no step starts after {consumed} consumed tokens, the end of the stage")
         return self._span_of(consumed - self.start_tokens).size
 
+    def sizes_from(self, consumed: int) -> list[int]:
+        """Tokens of a step of each size that the stage has from `consumed` tokens on, in order."""
+        now = self._span_of(consumed - self.start_tokens)
+        return [span.size for span in self._spans if span.tokens >= now.tokens]
+
     def step_at(self, consumed: int) -> int:
         """The step, counted from 0 in the stage, that starts after `consumed` tokens; `steps` at the very end.
 

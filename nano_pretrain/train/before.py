@@ -17,7 +17,7 @@ from nano_pretrain.evaluate.prompts import check_lengths
 from nano_pretrain.platform.preflight import check_dependencies
 from nano_pretrain.recipe.acts import continuation, undone
 from nano_pretrain.recipe.derived import stage_layout
-from nano_pretrain.recipe.errors import EXIT_DONE, UserError
+from nano_pretrain.recipe.errors import EXIT_DONE, RecipeError, UserError
 from nano_pretrain.recipe.rules import check
 from nano_pretrain.recipe.rules_layout import layout_field
 from nano_pretrain.recipe.rules_ranks import check_ranks
@@ -113,7 +113,24 @@ def check_started_ranks(recipe: Recipe, directory: Path, curriculum: Curriculum,
     build = stage_build(recipe, following[0].config)
     for stage in takewhile(lambda stage: stage_build(recipe, stage.config) == build, following):
         field, prefix = f"stages.{stage.name}", layout_field(stage.name, stage.config)
-        check_ranks(field, prefix, stage.config, stage_layout(recipe, stage.config), world_size, "started")
+        layout = stage_layout(recipe, stage.config)
+        data_parallel = check_ranks(field, prefix, stage.config, layout, world_size, "started")
+        _check_batches(stage, newest_tokens(directory) or 0, data_parallel)
+
+
+def _check_batches(stage: StagePlan, tokens: int, data_parallel: int) -> None:
+    """Where the batch changes, the ranks divide each one that is ahead."""
+    together = data_parallel * stage.micro_batch_size
+    for size in stage.clock.sizes_from(tokens):
+        samples = size // stage.sequence_length
+        if samples % together:
+            field = f"stages.{stage.name}"
+            raise RecipeError(
+                f"{field}.batch_ramp" if stage.config.batch_ramp.start else f"{field}.global_batch_size",
+                f"{samples} samples of a step are not divisible by {data_parallel} data-parallel ranks x "
+                f"micro_batch_size {stage.micro_batch_size}",
+                f"start other ranks or write another {field}.micro_batch_size: their product has to divide {samples}",
+            )
 
 
 def next_stage(directory: Path, curriculum: Curriculum) -> StagePlan:

@@ -24,8 +24,9 @@ def check_act(act: Act, curriculum: Curriculum) -> None:
     if act.tokens >= stage.end_tokens:
         _refuse(act, f"stage {name} ended after {stage.end_tokens:,} tokens")
     ramp = stage.config.batch_ramp
-    if rest == ["global_batch_size"] and ramp and act.tokens < stage.start_tokens + ramp.tokens:
-        problem = f"the batch of stage {name} grows until {stage.start_tokens + ramp.tokens:,} tokens"
+    grown = stage.start_tokens + ramp.ramp_tokens
+    if rest == ["global_batch_size"] and ramp.start and act.tokens < grown:
+        problem = f"the batch of stage {name} grows until {grown:,} tokens"
         raise RecipeError(act.field, problem, "change it after that")
     if rest == ["schedule", "extend_to"]:
         _check_end(act, stage)

@@ -31,7 +31,7 @@ NONSENSE: dict[Any, tuple[float, ...]] = {
 
 SENSE = {
     **dict.fromkeys(("every", "fp8_every", "seed", "warmup_tokens", "decay_tokens", "min_lr", "temperature"), (0,)),
-    **dict.fromkeys(("bf16_first_linears", "bf16_last_linears", "ramp_tokens"), (0,)),
+    **dict.fromkeys(("bf16_first_linears", "bf16_last_linears", "ramp_tokens", "start", "increment"), (0,)),
     **dict.fromkeys(("beta1", "beta2", "weight_decay"), (0,)),
     # No gradient is ever scaled down.
     "clip_grad": (float(HUGE),),

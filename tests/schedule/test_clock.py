@@ -87,3 +87,14 @@ def test_between_the_borders_is_none(clock: TokenClock) -> None:
         if consumed not in borders:
             with pytest.raises(ValueError, match="no step border"):
                 clock.step_at(consumed)
+
+
+@given(CHANGING, st.data())
+@settings(deadline=None)
+def test_sizes_that_are_ahead(clock: TokenClock, data: st.DataObject) -> None:
+    steps = sizes_one_by_one(clock)[:-1]
+    number = data.draw(st.integers(0, len(steps) - 1))
+    ahead = [size for _, size in steps[number:]]
+    distinct = [size for place, size in enumerate(ahead) if place == 0 or size != ahead[place - 1]]
+    found = clock.sizes_from(steps[number][0])
+    assert [size for place, size in enumerate(found) if place == 0 or size != found[place - 1]] == distinct
