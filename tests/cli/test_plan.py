@@ -164,6 +164,7 @@ def test_the_structure_of_the_searchs_json_is_the_one_in_the_docs(cli: Cli) -> N
     assert stage["recipe_rejected"]["text"] == "parallel.tensor: 3 does not divide model.num_attention_heads = 8"
 
 
+@pytest.mark.full
 def test_a_search_that_finds_nothing_says_all_and_is_refused(cli: Cli) -> None:
     arguments = ("plan", "recipe=nano_12b_v2", "plan.search=true", "cluster.gpus=6145")
     answer = cli(*arguments)

@@ -37,7 +37,9 @@ def refusal(recipe: Recipe, hardware: Device = H100) -> str:
     return str(error.value)
 
 
-@pytest.mark.parametrize(("name", "count"), [("nano_12b_v2", 7), ("nemotron_h_56b", 15)])
+@pytest.mark.parametrize(
+    ("name", "count"), [("nano_12b_v2", 7), pytest.param("nemotron_h_56b", 15, marks=pytest.mark.full)]
+)
 def test_the_nearest_counts_are_the_nearest(name: str, count: int) -> None:
     def goes(devices: int) -> bool:
         return bool(search_stage(searched(name, f"cluster.gpus={devices}"), STAGE, H100, 1.0).fitting)

@@ -84,6 +84,7 @@ def test_the_ranks_that_were_started_count(two_stages: Recipe) -> None:
         check_room(two_stages, 1, 2, Memory("one machine", alone, ranks=2))
 
 
+@pytest.mark.full
 def test_a_run_with_the_smallest_and_largest_numbers(small: SmallRuns) -> None:
     done = small.run("train", "extremes", *ZEROS, *LARGEST)
     assert done.code == 0, done.text
