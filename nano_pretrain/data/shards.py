@@ -166,6 +166,20 @@ class Corpus:
     heldout: Mapping[str, TokenStream]
     categories: Mapping[str, str]
 
+    def held_out(self, source: str) -> TokenStream:
+        """The held-out stream of a source.
+
+        Raises:
+            UserError: it has no token to predict.
+        """
+        stream = self.heldout[source]
+        if stream.tokens < 2:
+            raise UserError(
+                f"data.path: source {source} has no held-out text in {self.path}; raise data.heldout_share and prepare "
+                "again, or leave it out of the blends"
+            )
+        return stream
+
     @property
     def sizes(self) -> dict[str, SourceSize]:
         """What the data order has to know of each source."""

@@ -15,7 +15,6 @@ from torch import Tensor
 from nano_pretrain.data.loader import MicroBatch
 from nano_pretrain.data.shards import Corpus, TokenStream, token_byte_lengths
 from nano_pretrain.evaluate.rows import Passes, Row, Run
-from nano_pretrain.recipe.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class HeldOut:
     ) -> None:
         self.weights = weights
         self.sources = sorted(weights)
-        self.streams: list[TokenStream] = [corpus.heldout[name] for name in self.sources]
+        self.streams: list[TokenStream] = [corpus.held_out(name) for name in self.sources]
         self.device = device
         eod_id = corpus.eod_id if reset_documents else None
         self._passes = Passes((sequence_length, micro_batch_size), eod_id, device)
@@ -65,11 +64,6 @@ class HeldOut:
         self.samples: list[_Sample] = []
         for number, stream in enumerate(self.streams):
             end = min(tokens_per_source, stream.tokens - 1)
-            if end < 1:
-                raise UserError(
-                    f"data.path: source {stream.name} has no held-out text in {corpus.path}; raise data.heldout_share "
-                    "and prepare again, or leave it out of the blends"
-                )
             starts = range(0, end, sequence_length)
             self.samples += [_Sample(number, start, min(sequence_length, end - start)) for start in starts]
 

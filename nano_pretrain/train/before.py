@@ -59,21 +59,8 @@ def check_before(recipe: Recipe, overrides: Sequence[str], directory: Path, firs
             check_act(act, known)
     curriculum = Curriculum(recipe, corpus.sizes, (*going_on.acts, *going_on.told))
     for source in curriculum.sources:
-        check_held_out(corpus, source)
+        corpus.held_out(source)
     return curriculum
-
-
-def check_held_out(corpus: Corpus, source: str) -> None:
-    """Refuse a source that cannot be evaluated.
-
-    Raises:
-        UserError: it has no held-out text.
-    """
-    if corpus.heldout[source].tokens < 2:
-        raise UserError(
-            f"data.path: source {source} has no held-out text in {corpus.path}; raise data.heldout_share and prepare "
-            "again, or leave it out of the blends"
-        )
 
 
 def check_prepared_corpus(recipe: Recipe, directory: Path) -> None:
