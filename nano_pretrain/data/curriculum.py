@@ -150,14 +150,6 @@ class Curriculum:
         place = self.sources[source].by_stage[stage].place(phase.given.get(source, 0) + number)
         return SampleAddress(stage, phase.name, source, *place)
 
-    def samples_per_epoch(self, stage: str, source: str) -> int:
-        """Samples that a stage can read of a source before it has to begin again.
-
-        Raises:
-            KeyError: there is no such stage, or it does not read the source.
-        """
-        return self.sources[source].by_stage[stage].samples
-
     def consumed(self, tokens: int) -> dict[str, dict[str, dict[str, int]]]:
         """Tokens of each source in each phase of each stage that has begun, after `tokens` consumed tokens.
 

@@ -139,5 +139,5 @@ def _set(recipe: Recipe, field: str, value: Any) -> None:
     *path, last = field.split(".")
     for part in path:
         node = node[part] if isinstance(node, dict) else getattr(node, part)
-    getattr(node, last)
+    getattr(node, last)  # A field that there is not, in a damaged file, is not to be made.
     setattr(node, last, copy.deepcopy(value))

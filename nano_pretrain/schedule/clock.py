@@ -74,10 +74,6 @@ class TokenClock:
         """Consumed tokens at the first step border at or after `boundary` tokens of the stage."""
         return self.start_tokens + _border_from(self._span_of(boundary), boundary).tokens
 
-    def first_step_from(self, boundary: Fraction) -> int:
-        """The first step, counted from 0 in the stage, that starts at or after `boundary` tokens of the stage."""
-        return _border_from(self._span_of(boundary), boundary).step
-
     def step_tokens(self, consumed: int) -> int:
         """Tokens of the step that starts after `consumed` tokens.
 

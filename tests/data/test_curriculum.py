@@ -84,7 +84,7 @@ def test_no_sample_of_a_source_comes_twice_before_all_came_once(curriculum: Curr
     for address in everything(curriculum):
         read.setdefault((address.stage, address.source), []).append(address)
     for (name, source), addresses in read.items():
-        size = curriculum.samples_per_epoch(name, source)
+        size = curriculum.sources[source].by_stage[name].samples
         spans = curriculum.sources[source].by_stage[name].spans
         for epoch in range(math.ceil(len(addresses) / size)):
             now = addresses[epoch * size : (epoch + 1) * size]
@@ -300,4 +300,4 @@ def test_a_source_needs_the_tokens_of_one_sample() -> None:
     config = recipe({"s": stage(320, {"p": share(1.0, web=1)})})
     with pytest.raises(RecipeError, match=r"blend\.web: the source has 8 tokens, and one sample is 9"):
         Curriculum(config, {"web": SourceSize((8,))})
-    assert Curriculum(config, {"web": SourceSize((9,))}).samples_per_epoch("s", "web") == 1
+    assert Curriculum(config, {"web": SourceSize((9,))}).sources["web"].by_stage["s"].samples == 1

@@ -26,7 +26,8 @@ def test_the_last_step_is_whole_and_needed(clock: TokenClock) -> None:
 @given(CLOCKS, st.fractions(0, 10**14))
 @settings(deadline=None)
 def test_the_first_step_from_a_boundary_starts_there_or_after(clock: TokenClock, boundary: Fraction) -> None:
-    step = clock.first_step_from(boundary)
+    step, rest = divmod(clock.border_from(boundary) - clock.start_tokens, clock.tokens_per_step)
+    assert rest == 0
     assert step * clock.tokens_per_step >= boundary
     assert step == 0 or (step - 1) * clock.tokens_per_step < boundary
 
@@ -76,7 +77,7 @@ def test_borders_from_a_boundary_with_changes(clock: TokenClock, boundary: Fract
     if boundary <= clock.tokens:
         found = clock.border_from(boundary)
         assert found == next(border for border in borders if border - clock.start_tokens >= boundary)
-        assert borders[clock.first_step_from(boundary)] == found
+        assert borders[clock.step_at(found)] == found
 
 
 @given(CHANGING)
