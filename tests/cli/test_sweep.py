@@ -35,6 +35,13 @@ def test_job_that_was_stopped_ends_the_sweep(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("then", ["sys.exit(0)", "time.sleep(600)"])
+def test_request_ends_the_sweep_even_if_the_job_does_not_heed_it(tmp_path: Path, then: str) -> None:
+    asks = job(f"os.kill(os.getppid(), signal.SIGTERM); {then}")
+    assert run_in_turn([asks, job(f"open({str(tmp_path / 'second')!r}, 'w')")]) == 75
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
 def test_request_to_stop_reaches_the_job_once(tmp_path: Path, name: str) -> None:
     seen = tmp_path / "seen"
