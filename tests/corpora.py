@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,25 @@ def write_corpus(path: Path, documents: int = 60, seed: int = 0) -> Path:
         for split, count in (("train", documents), ("heldout", documents // 4)):
             entry[split] = _write_split(path / split / f"{name}-00000", count, rng, step=number + 3)
         sources[name] = entry
-    content = {"sources": sources, "tokenizer": tokenizer, "format": MANIFEST_FORMAT}
+    _write_manifest(path, {"sources": sources, "tokenizer": tokenizer, "format": MANIFEST_FORMAT})
+    return path
+
+
+def add_generation(path: Path, source: str, documents: int) -> None:
+    """Give a source of such a corpus one more generation of shards, as `prepare` with data.add=true does."""
+    content = json.loads((path / "manifest.json").read_text())
+    entry = content["sources"][source]["train"]
+    number = len(entry["shards"])
+    rng = random.Random(f"{source}/{number}")
+    added = _write_split(path / "train" / f"{source}-{number:05}", documents, rng, step=number)
+    entry["shards"].append({**added.pop("shards")[0], "generation": number})
+    entry.update({name: entry[name] + count for name, count in added.items()})
+    _write_manifest(path, {name: value for name, value in content.items() if name != "fingerprint"})
+
+
+def _write_manifest(path: Path, content: dict[str, Any]) -> None:
     fingerprint = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     (path / "manifest.json").write_text(json.dumps({**content, "fingerprint": fingerprint}))
-    return path
 
 
 def _write_tokenizer(path: Path) -> dict[str, Any]:
@@ -55,8 +71,7 @@ def _write_split(prefix: Path, documents: int, rng: random.Random, step: int) ->
             writer.add([*_walk(rng, step), EOD])
         written = writer.finish()
     text_bytes = written.tokens - written.documents
-    shard = {"name": written.name, "tokens": written.tokens}
-    return {"shards": [shard], "tokens": written.tokens, "documents": written.documents, "bytes": text_bytes}
+    return {"shards": [asdict(written)], "tokens": written.tokens, "documents": written.documents, "bytes": text_bytes}
 
 
 def _walk(rng: random.Random, step: int) -> list[int]:

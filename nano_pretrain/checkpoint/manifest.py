@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Iterable
@@ -10,15 +9,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from nano_pretrain.checkpoint.checksum import file_checksum
+from nano_pretrain.data.record import Record
+from nano_pretrain.recipe.errors import UserError
+
 MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
 class FileEntry:
-    """One file of a checkpoint."""
+    """Size in bytes and checksum of one file."""
 
     size: int
-    sha256: str
+    xxh3: str
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,8 @@ class Manifest:
         versions: packages that wrote it.
         corpus: fingerprint of the corpus it was trained on.
         files: every other file, by name.
+        shards: what of that corpus must stay when shards are added, see `data.record`; None where it is not known.
+        weights_only: whether it holds a model that was trained elsewhere, and neither optimizer state nor a corpus.
     """
 
     tokens: int
@@ -40,6 +45,8 @@ class Manifest:
     versions: dict[str, str]
     corpus: str
     files: dict[str, FileEntry]
+    shards: Record | None = None
+    weights_only: bool = False
 
     def write(self, directory: Path) -> None:
         """Write to `directory`/manifest.json."""
@@ -79,20 +86,35 @@ def _has_every_file(path: Path) -> bool:
     return manifest is not None and all(_size(path / name) == entry.size for name, entry in manifest.files.items())
 
 
-def newest_manifest(run_dir: Path) -> Manifest | None:
-    """Manifest of the newest whole checkpoint."""
-    return next((read_manifest(path) for path in whole_checkpoints(run_dir)), None)
-
-
 def newest_tokens(run_dir: Path) -> int | None:
     """Consumed tokens of the newest whole checkpoint."""
     whole = whole_checkpoints(run_dir)
     return int(whole[0].name) if whole else None
 
 
+def whole_checkpoint(run_dir: Path, tokens: int | None, field: str) -> Path:
+    """The checkpoint at `tokens`, or the newest, by its name and the sizes of its files.
+
+    Args:
+        run_dir: directory of the run.
+        tokens: consumed tokens, or None for the newest.
+        field: of the recipe that says so, for the message.
+
+    Raises:
+        UserError: there is none.
+    """
+    whole = {int(path.name): path for path in whole_checkpoints(run_dir)}
+    if not whole:
+        raise UserError(f"{checkpoints_directory(run_dir)}: no whole checkpoint; train the run first")
+    if tokens is not None and tokens not in whole:
+        listed = ", ".join(map(str, sorted(whole)))
+        raise UserError(f"{field}: no whole checkpoint at {tokens} tokens; choose one of {listed}")
+    return whole[max(whole) if tokens is None else tokens]
+
+
 def file_entries(directory: Path, names: Iterable[str]) -> dict[str, FileEntry]:
     """Size and hash of the named files."""
-    return {name: FileEntry((directory / name).stat().st_size, _sha256(directory / name)) for name in names}
+    return {name: FileEntry((directory / name).stat().st_size, file_checksum(directory / name)) for name in names}
 
 
 def damaged_files(directory: Path, names: Iterable[str], manifest: Manifest) -> list[str]:
@@ -101,13 +123,8 @@ def damaged_files(directory: Path, names: Iterable[str], manifest: Manifest) -> 
 
 
 def _is_as_listed(path: Path, entry: FileEntry) -> bool:
-    return _size(path) == entry.size and _sha256(path) == entry.sha256
+    return _size(path) == entry.size and file_checksum(path) == entry.xxh3
 
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else -1
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -8,12 +8,14 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from itertools import accumulate
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -27,6 +29,7 @@ from nano_pretrain.checkpoint.manifest import (
     read_manifest,
     whole_checkpoints,
 )
+from nano_pretrain.data.shards import Corpus
 from nano_pretrain.recipe.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -89,7 +92,7 @@ def save_checkpoint(
     optimizer: Any,
     clock: tuple[int, int],
     layout: dict[str, Any],
-    corpus: str,
+    corpus: Corpus,
     expected_bytes: int,
 ) -> Path:
     """Write a checkpoint beside the others, list and hash its files, then give it its name.
@@ -100,7 +103,7 @@ def save_checkpoint(
         optimizer: megatron-core optimizer.
         clock: tokens consumed and steps taken.
         layout: sizes of the layout, for the manifest.
-        corpus: fingerprint of the corpus.
+        corpus: what it was trained on.
         expected_bytes: about how large the checkpoint will be.
 
     Returns:
@@ -126,7 +129,7 @@ def save_checkpoint(
     with _collective(writing, expected_bytes):
         if first:
             versions = {name: version(name) for name in VERSIONS}
-            Manifest(tokens, step, layout, versions, corpus, entries).write(writing)
+            Manifest(tokens, step, layout, versions, corpus.fingerprint, entries, corpus.record).write(writing)
             _sync(writing)
             _remove(final)
             writing.rename(final)
@@ -171,13 +174,39 @@ def _put_aside(damaged: list[Path]) -> None:
 
 
 def load_checkpoint(path: Path, model: Any, optimizer: Any) -> None:
-    """Load one checkpoint into the model and, if given, the optimizer."""
+    """Load one checkpoint into the model and, if given, the optimizer.
+
+    One of weights alone leaves the optimizer's states as they are, which is new.
+    """
     from megatron.core import dist_checkpointing
 
+    manifest = read_manifest(path)
+    if manifest is not None and manifest.weights_only:
+        _load_weights(path, model, optimizer)
+        return
     loaded = dist_checkpointing.load(sharded_state(model, optimizer, loading=True), str(path))
     model.load_state_dict(loaded["model"])
     if optimizer is not None:
         optimizer.load_state_dict(loaded["optimizer"])
+
+
+def _load_weights(path: Path, model: Any, optimizer: Any) -> None:
+    """Load the weights, and where the model rounds them the optimizer's main weights, in FP32, as they are."""
+    from megatron.core import dist_checkpointing
+
+    # Transformer Engine's states of its own are no weights: the model keeps those it has.
+    own = {name: state for name, state in model.state_dict().items() if name.endswith("_extra_state")}
+    wanted = {name: part for name, part in model.sharded_state_dict(metadata=dict(SHARDING)).items() if name not in own}
+    loaded = dist_checkpointing.load({"model": {name: _in_fp32(part) for name, part in wanted.items()}}, str(path))
+    model.load_state_dict({**own, **loaded["model"]})
+    if optimizer is not None:
+        optimizer.reload_model_params(loaded["model"])
+
+
+def _in_fp32(part: Any) -> Any:
+    """A sharded tensor, or what makes several of one, to be loaded in FP32."""
+    changed = {"dtype": torch.float32} if hasattr(part, "dtype") else {}
+    return replace(part, data=part.data.detach().float(), **changed)
 
 
 def retain(run_dir: Path, keep: int) -> None:

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from nano_pretrain.data.indexed_file import bin_path, document_start, read_index
 from nano_pretrain.data.ranges import SourceSize
+from nano_pretrain.data.record import Record, corpus_record
 from nano_pretrain.recipe.errors import UserError
 
 MANIFEST_NAME = "manifest.json"
@@ -153,8 +154,10 @@ class Corpus:
         vocab_size: entries of the tokenizer.
         eod_id: id of the token that ends each document.
         fingerprint: SHA-256 over the hashes of all shards and of the tokenizer.
+        record: what checkpoints record of it beside the fingerprint; None if its manifest has no hashes of shards.
         train, heldout: streams by source, in the order of their names.
         categories: category of each source.
+        tokens_by_length: of each source, training tokens in documents of at least some lengths; of older corpora none.
     """
 
     path: Path
@@ -162,9 +165,11 @@ class Corpus:
     vocab_size: int
     eod_id: int
     fingerprint: str
+    record: Record | None
     train: Mapping[str, TokenStream]
     heldout: Mapping[str, TokenStream]
     categories: Mapping[str, str]
+    tokens_by_length: Mapping[str, Mapping[int, int]]
 
     def held_out(self, source: str) -> TokenStream:
         """The held-out stream of a source.
@@ -220,9 +225,13 @@ def open_corpus(path: Path) -> Corpus:
             vocab_size=_integer(tokenizer["vocab_size"]),
             eod_id=_integer(tokenizer["eod_id"]),
             fingerprint=manifest["fingerprint"],
+            record=corpus_record(manifest),
             train=_open_streams(path, manifest["sources"], "train"),
             heldout=_open_streams(path, manifest["sources"], "heldout"),
             categories={name: source["category"] for name, source in sorted(manifest["sources"].items())},
+            tokens_by_length={
+                name: _by_length(source["train"]) for name, source in sorted(manifest["sources"].items())
+            },
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path / MANIFEST_NAME}: damaged ({error!r}); choose another data.path") from error
@@ -243,6 +252,10 @@ def _integer(value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{value!r} is not a whole number")
     return value
+
+
+def _by_length(entry: Mapping[str, Any]) -> dict[int, int]:
+    return {int(least): _integer(tokens) for least, tokens in entry.get("tokens_by_length", {}).items()}
 
 
 def _open_streams(path: Path, sources: Mapping[str, Any], split: str) -> dict[str, TokenStream]:

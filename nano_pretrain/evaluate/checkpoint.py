@@ -13,16 +13,16 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from nano_pretrain.checkpoint.manifest import read_manifest
+from nano_pretrain.checkpoint.corpus import check_corpus
 from nano_pretrain.data.curriculum import Curriculum
-from nano_pretrain.data.shards import Corpus, open_corpus
+from nano_pretrain.data.shards import open_corpus
 from nano_pretrain.evaluate.generate import ALONE, chosen_checkpoint, model_of, without_fp8
 from nano_pretrain.evaluate.length import LengthSuite, Subject, greedy
 from nano_pretrain.evaluate.room import without_room_for_weights
 from nano_pretrain.evaluate.rows import Run
 from nano_pretrain.platform import current_platform
 from nano_pretrain.recipe.acts import read_acts
-from nano_pretrain.recipe.errors import RecipeError, UserError
+from nano_pretrain.recipe.errors import RecipeError
 from nano_pretrain.recipe.schema import EvaluateConfig, Recipe
 
 
@@ -43,7 +43,8 @@ def evaluate_checkpoint(recipe: Recipe, options: EvaluateConfig, run_dir: Path) 
     if not options.lengths:
         raise RecipeError("evaluate.lengths", "is empty", "write for example evaluate.lengths=[512,4096]")
     path = chosen_checkpoint(run_dir, options.checkpoint, "evaluate")
-    corpus = _corpus_of(recipe, path)
+    corpus = open_corpus(Path(recipe.data.path))
+    check_corpus(path, corpus, what=str(path))
     suite = LengthSuite(options, without_fp8(recipe), corpus)
     tokens = int(path.name)
     stage = Curriculum(recipe, corpus.sizes, read_acts(run_dir)).stage_at(max(0, tokens - 1))
@@ -92,15 +93,6 @@ def _positions_table(lines: list[dict[str, Any]]) -> Table:
 def _estimate(found: dict[str, Any]) -> str:
     error = found["standard_error"]
     return f"{found['score']:.3f}" + ("" if error is None else f" ± {error:.3f}")
-
-
-def _corpus_of(recipe: Recipe, checkpoint: Path) -> Corpus:
-    corpus, manifest = open_corpus(Path(recipe.data.path)), read_manifest(checkpoint)
-    if manifest is not None and manifest.corpus != corpus.fingerprint:
-        raise UserError(
-            f"data.path: the shards in {corpus.path} are not those that {checkpoint} was trained on; restore them"
-        )
-    return corpus
 
 
 def _check_room(recipe: Recipe, shapes: list[tuple[int, int]]) -> None:

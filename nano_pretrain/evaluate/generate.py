@@ -14,13 +14,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from nano_pretrain.checkpoint.files import write_whole
-from nano_pretrain.checkpoint.manifest import (
-    MANIFEST,
-    checkpoints_directory,
-    damaged_files,
-    read_manifest,
-    whole_checkpoints,
-)
+from nano_pretrain.checkpoint.manifest import MANIFEST, damaged_files, read_manifest, whole_checkpoint
 from nano_pretrain.checkpoint.sharded import load_checkpoint
 from nano_pretrain.data.shards import open_corpus
 from nano_pretrain.parallel.groups import Ranks, process_groups
@@ -92,7 +86,7 @@ IDENTITY = ("tokens", "prompt", "temperature", "top_p", "seed")
 def record_samples(run_dir: Path, options: GenerateConfig, prompts: Sequence[str], texts: Sequence[str]) -> None:
     """Write samples to the run's samples.jsonl; a sample that was drawn before is replaced."""
     path = run_dir / "samples.jsonl"
-    tokens = int(_named_checkpoint(run_dir, options.checkpoint, "generate").name)
+    tokens = int(whole_checkpoint(run_dir, options.checkpoint, "generate.checkpoint").name)
     common = {"tokens": tokens, "temperature": options.temperature, "top_p": options.top_p, "seed": options.seed}
     new = [{**common, "prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)]
     old = map(json.loads, path.read_text().splitlines()) if path.exists() else []
@@ -164,21 +158,9 @@ def chosen_checkpoint(run_dir: Path, tokens: int | None, verb: str) -> Path:
     Raises:
         UserError: there is no such checkpoint, or it is damaged.
     """
-    path = _named_checkpoint(run_dir, tokens, verb)
+    path = whole_checkpoint(run_dir, tokens, f"{verb}.checkpoint")
     manifest = read_manifest(path)
     damaged = damaged_files(path, manifest.files, manifest) if manifest else [MANIFEST]
     if damaged:
         raise UserError(f"{path}: damaged ({', '.join(damaged)}); choose another with {verb}.checkpoint=TOKENS")
     return path
-
-
-def _named_checkpoint(run_dir: Path, tokens: int | None, verb: str) -> Path:
-    """The checkpoint at `tokens`, or the newest, by its name and the sizes of its files."""
-    whole = whole_checkpoints(run_dir)
-    if not whole:
-        raise UserError(f"{checkpoints_directory(run_dir)}: no whole checkpoint; train the run first")
-    known = {int(path.name): path for path in whole}
-    if tokens is not None and tokens not in known:
-        listed = ", ".join(map(str, sorted(known)))
-        raise UserError(f"{verb}.checkpoint: no whole checkpoint at {tokens} tokens; choose one of {listed}")
-    return whole[0] if tokens is None else known[tokens]

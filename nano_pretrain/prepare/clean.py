@@ -19,6 +19,9 @@ class Drop(StrEnum):
     NEAR_DUPLICATE = "near training text"
     NOT_LONG = "not long"
     NO_QUESTION = "no question"
+    PRESENT = "in the corpus before"
+    HELD_OUT = "to be held out"
+    NEAR_HELD_OUT = "near held-out text"
 
 
 MIN_CHARACTERS = 48

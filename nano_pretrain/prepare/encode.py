@@ -42,6 +42,7 @@ def write_shards(
     prefix: Path,
     *,
     done: Callable[[int], None],
+    first: int = 0,
     shard_tokens: int = SHARD_TOKENS,
 ) -> Written:
     """Encode documents, each closed by the end-of-document token, and write them as shards `PREFIX-00000`, ...
@@ -51,17 +52,18 @@ def write_shards(
         documents: in the order of writing.
         prefix: beginning of the shards' paths; its directory must exist.
         done: called with the bytes of text written since the last call.
+        first: number of the first shard; there are so many already.
         shard_tokens: size at which a shard is closed.
 
     Returns:
-        What was written; at least one shard, empty if there are no documents.
+        What was written; without documents and where there is no shard yet, an empty one.
     """
     dtype = token_dtype(tokenizer.get_vocab_size())
     remaining = iter(documents)
     batch = _next_batch(remaining)
     written = Written()
-    while batch or not written.pairs:
-        with IndexedFileWriter(prefix.with_name(f"{prefix.name}-{len(written.pairs):05d}"), dtype) as writer:
+    while batch or not (first or written.pairs):
+        with IndexedFileWriter(prefix.with_name(f"{prefix.name}-{first + len(written.pairs):05d}"), dtype) as writer:
             while batch and writer.tokens < shard_tokens:
                 written.lengths += _write_batch(tokenizer, batch, writer)
                 done(sum(document.bytes for document in batch))

@@ -51,8 +51,15 @@ def settings(recipe: Recipe, corpus: CorpusFile) -> dict[str, Any]:
     }
 
 
-def is_prepared(path: Path, wanted: Mapping[str, Any]) -> bool:
-    """Whether `path` holds a whole corpus of these settings; False if there is nothing.
+ADDABLE = frozenset({"data.corpus", "data.max_bytes_per_source", "data.heldout_share"})
+"""Settings that say which documents there are: of others, documents may be added to a corpus."""
+
+
+def is_prepared(path: Path, wanted: Mapping[str, Any], add: bool) -> bool:
+    """Whether `path` holds a whole corpus of these settings.
+
+    Returns:
+        False if there is nothing, or, with `add`, one to which documents may be added.
 
     Raises:
         UserError: it holds a corpus of other settings, a damaged one, or something else.
@@ -63,15 +70,18 @@ def is_prepared(path: Path, wanted: Mapping[str, Any]) -> bool:
         raise UserError(f"data.path: {path} exists and is not a prepared corpus; choose another data.path")
     manifest = read_manifest(path)
     found = manifest.get("settings", {})
+    differing = {name for name in [*wanted, *found] if found.get(name) != wanted.get(name)}
+    refused = differing - ADDABLE if add else differing
     for name in [*wanted, *found]:
-        if found.get(name) != wanted.get(name):
+        if name in refused:
             raise UserError(
                 f"{name}: {path} was prepared with {found.get(name)}, the recipe says {wanted.get(name)}; "
                 "choose another data.path, or remove that directory"
+                + (", or write data.add=true to add what it lacks" if refused <= ADDABLE else "")
             )
     open_corpus(path)
     _check_hashes(path, manifest)
-    return True
+    return not differing
 
 
 def _check_hashes(path: Path, manifest: Mapping[str, Any]) -> None:

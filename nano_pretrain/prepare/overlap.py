@@ -4,7 +4,8 @@ A held-out document is dropped when at least half of its word 8-grams occur in t
 the criterion of PaLM (Chowdhery et al. 2022, section 8: 70 percent of 8-grams), stricter in its share. It is exact but
 for collisions of 64-bit hashes: unlike MinHash, which estimates the resemblance of two documents, it also finds a short
 document inside a long one, and a document whose parts lie in several. The training n-grams are only looked up, never
-stored, so memory is that of the held-out n-grams.
+stored, so memory is that of the held-out n-grams. Where the held-out documents are given, because shards are added to
+a corpus, the same criterion leaves out training documents.
 
 The same function decontaminates: pass the documents of a benchmark as `heldout`.
 """
@@ -73,9 +74,49 @@ def containment(heldout: Sequence[str], training: Iterable[str]) -> npt.NDArray[
     known = np.unique(np.concatenate([*own, np.empty(0, np.uint64)]))
     seen = np.zeros(known.size, np.bool_)
     for text in training:
-        hashes = ngrams.of(text)
-        places = np.searchsorted(known, hashes)
-        inside = places < known.size
-        places, hashes = places[inside], hashes[inside]
-        seen[places[known[places] == hashes]] = True
+        seen[_places(known, ngrams.of(text))] = True
     return np.array([seen[np.searchsorted(known, hashes)].mean() if hashes.size else 1.0 for hashes in own])
+
+
+def admitted(heldout: Sequence[str], training: Iterable[str], candidates: Iterable[str]) -> list[bool]:
+    """Which texts may join the training texts without bringing a held-out text to `MAX_CONTAINMENT` in all of them.
+
+    Args:
+        heldout: texts that stay held out.
+        training: all training texts so far; read once.
+        candidates: texts to judge, one after the other; one that is refused does not count for the next.
+
+    Returns:
+        For each candidate whether it may join. One that adds nothing to a held-out text always may.
+    """
+    ngrams = _Ngrams()
+    own = [ngrams.of(text) for text in heldout]
+    known, places = np.unique(np.concatenate([*own, np.empty(0, np.uint64)]), return_inverse=True)
+    owners = np.repeat(np.arange(len(own)), [hashes.size for hashes in own])
+    limits = MAX_CONTAINMENT * np.bincount(owners, minlength=len(own))
+    seen = np.zeros(known.size, np.bool_)
+    for text in training:
+        seen[_places(known, ngrams.of(text))] = True
+
+    def judge(text: str) -> bool:
+        found = _places(known, ngrams.of(text))
+        found = found[~seen[found]]
+        if not found.size:
+            return True
+        seen[found] = True
+        counts = np.bincount(owners, weights=seen[places], minlength=len(own))
+        touched = owners[np.isin(places, found)]
+        refused = bool(np.any(counts[touched] >= limits[touched]))
+        seen[found] = not refused
+        return not refused
+
+    return [judge(text) for text in candidates]
+
+
+def _places(known: npt.NDArray[np.uint64], hashes: npt.NDArray[np.uint64]) -> npt.NDArray[np.intp]:
+    """Where in `known`, which is sorted, those of the hashes lie that are in it."""
+    places = np.searchsorted(known, hashes)
+    inside = places < known.size
+    places, hashes = places[inside], hashes[inside]
+    found: npt.NDArray[np.intp] = places[known[places] == hashes]
+    return found

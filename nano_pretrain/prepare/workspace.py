@@ -1,4 +1,4 @@
-"""The directory a corpus is built in: beside its place, one builder at a time, renamed at the end or removed."""
+"""The directory a corpus, or what is added to one, is built in: beside its place, one builder at a time."""
 
 from __future__ import annotations
 
@@ -26,16 +26,64 @@ def workspace(target: Path) -> Iterator[Path]:
     Raises:
         UserError: another process is building the same corpus, the disk is full, or the place cannot be written.
     """
-    partial = target.with_name(f".{target.name}.partial")
+    with _claimed(target.with_name(f".{target.name}.partial"), target) as partial:
+        yield partial
+        with _disk_errors_explained(target, FULL | REFUSED):
+            # The lock moves with the directory: whoever waits for it finds it gone and starts anew.
+            partial.rename(target)
+            (target / LOCK_NAME).unlink()
+
+
+@contextmanager
+def annex(target: Path) -> Iterator[Path]:
+    """Give an empty directory inside the corpus `target`, on the same disk, that is removed when the block ends.
+
+    Raises:
+        UserError: see `workspace`.
+    """
+    with _claimed(target / ".adding", target) as partial:
+        yield partial
+
+
+def move_in(partial: Path, target: Path, last: str) -> None:
+    """Move all files of a directory to their places below `target`, each durable before the file `last` comes.
+
+    Args:
+        partial: from `annex`.
+        target: the corpus.
+        last: the file, directly in both directories, that says what there is: before it is there nothing has changed.
+
+    Raises:
+        UserError: the corpus cannot be written.
+    """
+    files = [path for path in partial.rglob("*") if path.is_file() and path.name not in (LOCK_NAME, last)]
+    for path in [*files, partial / last]:
+        _sync(path)
+    places = {path: target / path.relative_to(partial) for path in files}
+    with _disk_errors_explained(target, REFUSED):
+        for path, place in places.items():
+            path.replace(place)
+        for directory in {place.parent for place in places.values()}:
+            _sync(directory)
+        (partial / last).replace(target / last)
+        _sync(target)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _claimed(partial: Path, target: Path) -> Iterator[Path]:
     with _disk_errors_explained(target, FULL | REFUSED):
         lock = _claim(partial)
     try:
         with _disk_errors_explained(target, FULL):
             yield partial
-        with _disk_errors_explained(target, FULL | REFUSED):
-            # The lock moves with the directory: whoever waits for it finds it gone and starts anew.
-            partial.rename(target)
-            (target / LOCK_NAME).unlink()
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         os.close(lock)

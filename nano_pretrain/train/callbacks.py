@@ -185,7 +185,7 @@ class Checkpoints:
                 session.trainable.optimizer,
                 (session.tokens, session.step),
                 session.layout_summary(),
-                session.corpus.fingerprint,
+                session.corpus,
                 session.checkpoint_bytes(),
             )
         if session.ranks.is_first:

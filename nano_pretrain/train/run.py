@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
+from nano_pretrain.checkpoint.corpus import added_since
 from nano_pretrain.checkpoint.files import write_json, write_whole
 from nano_pretrain.checkpoint.sharded import load_newest
 from nano_pretrain.data.curriculum import Curriculum
@@ -193,6 +194,8 @@ def _resume(session: Session) -> None:
         before, now = recorded_kernels(session.directory), session.platform.kernels()
         if manifest is not None and before not in (None, now):
             print(f"{session.directory}: so far with kernels: {before}; losses now differ by rounding", flush=True)
+        if manifest is not None and (more := added_since(manifest, session.corpus)):
+            print(f"{session.directory}: more training tokens than at {manifest.tokens:,}: {more}", flush=True)
         truncate_streams(session.directory, session.tokens if manifest else -1)
         write_json(session.directory / "ledger.json", ledger(session.curriculum, session.tokens))
         _record_acts(session)

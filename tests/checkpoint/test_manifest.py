@@ -16,7 +16,6 @@ from nano_pretrain.checkpoint.manifest import (
     all_checkpoints,
     damaged_files,
     file_entries,
-    newest_manifest,
     newest_tokens,
     read_manifest,
     whole_checkpoints,
@@ -49,12 +48,10 @@ def test_newest_is_the_one_with_most_tokens_not_the_last_name(tmp_path: Path) ->
         write(tmp_path, tokens)
     assert [path.name for path in whole_checkpoints(tmp_path)] == ["1024", "96", "8"]
     assert newest_tokens(tmp_path) == 1024
-    assert newest_manifest(tmp_path) == read_manifest(tmp_path / "checkpoints" / "1024")
 
 
 def test_run_without_checkpoints_has_no_newest(tmp_path: Path) -> None:
     assert newest_tokens(tmp_path) is None
-    assert newest_manifest(tmp_path) is None
 
 
 @pytest.mark.parametrize("name", [".writing-128", ".removing-128", "128.old", "tmp"])

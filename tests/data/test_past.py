@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from nano_pretrain.data.curriculum import Curriculum
@@ -57,6 +57,26 @@ def test_a_generation_changes_nothing_that_was_read_in_a_first_epoch(
         same, consumed = same and places[0] == places[1], consumed + plan.tokens_per_step
     generations = {name: size.generations for name, size in curriculum.sizes.items()}
     assert changed.reordered(generations, consumed) == ([] if same else [source])
+
+
+@given(curricula(), st.integers(0, 3000), st.data())
+@settings(deadline=None)
+def test_nothing_is_read_again_when_a_generation_was_added_in_a_first_epoch(
+    curriculum: Curriculum, tokens: int, data: st.DataObject
+) -> None:
+    source = data.draw(st.sampled_from(list(curriculum.sources)))
+    before = curriculum.sizes[source]
+    grown = replace(before, generations=(*before.generations, tokens))
+    changed = Curriculum(curriculum.recipe, {**curriculum.sizes, source: grown})
+    stage = data.draw(st.sampled_from(curriculum.stages))
+    steps = data.draw(st.integers(0, stage.steps))
+    consumed = stage.start_tokens + steps * stage.tokens_per_step
+    assume(not changed.reordered({name: size.generations for name, size in curriculum.sizes.items()}, consumed))
+    samples = steps * stage.global_batch_size
+    past = [curriculum.locate(stage.name, number) for number in range(samples)]
+    rest = [changed.locate(stage.name, number) for number in range(samples, stage.steps * stage.global_batch_size)]
+    first_reading = [(address.source, address.start) for address in [*past, *rest] if address.epoch == 0]
+    assert len(set(first_reading)) == len(first_reading)
 
 
 def test_shards_may_be_added_until_the_first_epoch_is_over() -> None:
