@@ -23,6 +23,8 @@ VERBS = {
     "launch": "start the run's ranks on this machine and wait for them",
     "generate": "continue a prompt with the newest checkpoint",
     "evaluate": "retrieval and loss by position at evaluate.lengths, of the newest checkpoint",
+    "export": "a checkpoint as a Hugging Face model in RUN/hf or hf.path, verified",
+    "import": "the Hugging Face checkpoint in hf.path as the start of a run",
     "report": "render the plots and the HTML page of a run",
 }
 
@@ -94,13 +96,31 @@ def _run(arguments: Sequence[str]) -> int:
         from nano_pretrain.launch.sweep import run_in_turn
 
         # megatron-core keeps global state: each job gets a process of its own.
-        return run_in_turn([job.command(verb) for job in compose.compose_sweep(overrides)])
+        jobs = compose.compose_sweep(overrides)
+        for job in jobs:
+            check_verb(verb, job.recipe)
+        return run_in_turn([job.command(verb) for job in jobs])
     job = compose.compose(overrides)
-    if job.recipe.plan.search and verb != "plan":
+    check_verb(verb, job.recipe)
+    from nano_pretrain import verbs
+
+    runner: Callable[[Recipe, list[str]], int] = getattr(verbs, "import_" if verb == "import" else verb)
+    return runner(job.recipe, list(job.overrides))
+
+
+def check_verb(verb: str, recipe: Recipe) -> None:
+    """Refuse what does not go with the verb.
+
+    Raises:
+        RecipeError: a search of layouts, or lengths at the ends of stages whose kernels take the trained one alone.
+    """
+    if recipe.plan.search and verb != "plan":
         # The rules have let every layout pass.
         raise RecipeError("plan.search", f"goes with the verb plan, not with {verb}", "leave it out")
-    runner: Callable[[Recipe, list[str]], int] = getattr(__import__("nano_pretrain.verbs", fromlist=[verb]), verb)
-    return runner(job.recipe, list(job.overrides))
+    if verb in ("plan", "train", "launch"):
+        from nano_pretrain.recipe.rules_evaluate import lengths_at_stage_ends
+
+        lengths_at_stage_ends(recipe)
 
 
 def _show(options: set[str], overrides: Sequence[str], resolve: bool) -> int:

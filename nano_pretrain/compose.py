@@ -9,14 +9,17 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import hydra
+import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
 from nano_pretrain.data.phases import phase_lengths, phase_weights
 from nano_pretrain.recipe.derived import stage_tokens
@@ -28,6 +31,8 @@ from nano_pretrain.recipe.whole_numbers import in_digits
 from nano_pretrain.schedule.learning_rate import validate_schedule
 
 LONGEST_NAME = 100
+
+_RECIPE_FILE = re.compile(r"recipe=\S+\.yaml")
 
 T = TypeVar("T")
 
@@ -56,7 +61,7 @@ def compose(overrides: Sequence[str]) -> Job:
         UserError: an override or the recipe is wrong.
     """
     config = _composed(overrides)
-    choice = config.hydra.runtime.choices.get("recipe")
+    choice = config.hydra.runtime.choices.get("recipe", "")
     if not isinstance(choice, str):
         raise UserError("recipe: is not one name; write recipe=NAME, or --multirun recipe=FIRST,SECOND")
     recipe = typed_recipe(_without_hydra(config))
@@ -107,8 +112,27 @@ def composed_yaml(overrides: Sequence[str], resolve: bool) -> str:
 def _composed(overrides: Sequence[str]) -> DictConfig:
     ConfigStore.instance().store(name="schema", node=Recipe)
     parts = [in_digits(override) for override in overrides]
+    root, written = "config", next((part for part in parts if _RECIPE_FILE.fullmatch(part)), None)
+    if written is not None:
+        root = "written"
+        parts.remove(written)
+        _store_written(Path(written.partition("=")[2]), root)
     with _explained(overrides), hydra.initialize_config_dir(str(tree("recipes")), version_base="1.3"):
-        return _reading_text(lambda parts: hydra.compose("config", parts, return_hydra_config=True), parts)
+        return _reading_text(lambda parts: hydra.compose(root, parts, return_hydra_config=True), parts)
+
+
+def _store_written(path: Path, name: str) -> None:
+    """Make a recipe.yaml that a run has written the root of a recipe.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        written = OmegaConf.load(path)
+        ConfigStore.instance().store(name=name, node=OmegaConf.merge(OmegaConf.structured(Recipe), written))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
+        problem = str(error).partition("\n")[0]
+        raise UserError(f"recipe: {path} is no recipe ({problem}); write recipe=RUN/recipe.yaml or a name") from error
 
 
 def _reading_text(read: Callable[[list[str]], T], overrides: Sequence[str]) -> T:

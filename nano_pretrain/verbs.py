@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from nano_pretrain.recipe.derived import stage_ranks
-from nano_pretrain.recipe.errors import EXIT_CONTINUE, EXIT_DONE, UserError
+from nano_pretrain.recipe.errors import EXIT_CONTINUE, EXIT_DONE, RecipeError, UserError
 from nano_pretrain.recipe.load import recorded_recipe
-from nano_pretrain.recipe.rules_evaluate import lengths_at_stage_ends
 from nano_pretrain.recipe.schema import Recipe
 
 
@@ -37,7 +37,6 @@ def plan(recipe: Recipe, overrides: list[str]) -> int:
     from nano_pretrain.plan.answer import answer_plan, answer_search
     from nano_pretrain.train.before import check_prepared_corpus
 
-    lengths_at_stage_ends(recipe)
     directory = run_directory(recipe)
     check_prepared_corpus(recipe, directory)
     if recipe.plan.search:
@@ -49,10 +48,10 @@ def plan(recipe: Recipe, overrides: list[str]) -> int:
 
 def train(recipe: Recipe, overrides: list[str]) -> int:
     """The run on this process's ranks."""
-    lengths_at_stage_ends(recipe)
-    from nano_pretrain.launch.parent import die_with_parent
+    from nano_pretrain.launch.parent import LAUNCHER_PID, die_with_parent
     from nano_pretrain.train.signals import StopRequest
 
+    launched = LAUNCHER_PID in os.environ
     die_with_parent()
     request = StopRequest()
     request.listen()
@@ -63,7 +62,8 @@ def train(recipe: Recipe, overrides: list[str]) -> int:
     first = rank == 0
     curriculum = check_before(recipe, overrides, directory, first)
     recipe = curriculum.recipe
-    if (code := answer(recipe, directory, curriculum, speaks=first)) is not None:
+    # What there is to say a launcher has said.
+    if (code := answer(recipe, directory, curriculum, speaks=first and not launched)) is not None:
         return code
     check_started_ranks(recipe, directory, curriculum, world_size)
     from nano_pretrain.train.run import train as run_training
@@ -88,7 +88,6 @@ def launch(recipe: Recipe, overrides: list[str]) -> int:
     from nano_pretrain.launch.local import launch_local
     from nano_pretrain.train.before import answer, asks_for_restart, check_before, next_stage
 
-    lengths_at_stage_ends(recipe)
     directory = run_directory(recipe)
     curriculum = check_before(recipe, overrides, directory, first_rank=True)
     recipe = curriculum.recipe
@@ -144,6 +143,36 @@ def evaluate(recipe: Recipe, overrides: list[str]) -> int:
         raise UserError(
             f"run.dir: cannot write {error.filename} ({error.strerror}); the tables above are not kept"
         ) from error
+    return EXIT_DONE
+
+
+def export(recipe: Recipe, overrides: list[str]) -> int:
+    """A native checkpoint to a Hugging Face one."""
+    directory = run_directory(recipe)
+    trained = recorded_recipe(directory)
+    from nano_pretrain.checkpoint.manifest import whole_checkpoint
+    from nano_pretrain.convert.export import export as export_checkpoint
+    from nano_pretrain.plan.tables import new_console
+
+    checkpoint = whole_checkpoint(directory, recipe.hf.checkpoint, "hf.checkpoint")
+    export_checkpoint(trained, recipe.hf, directory, checkpoint, new_console())
+    return EXIT_DONE
+
+
+def import_(recipe: Recipe, overrides: list[str]) -> int:
+    """A Hugging Face checkpoint to the start of a run."""
+    from nano_pretrain.convert.config import model_from_config, read_config
+    from nano_pretrain.recipe.rules import check
+
+    if recipe.hf.path is None:
+        raise RecipeError("hf.path", "is not given", "write hf.path=DIRECTORY of the checkpoint")
+    source = Path(recipe.hf.path)
+    recipe.model = replace(recipe.model, **model_from_config(read_config(source)))
+    check(recipe)
+    from nano_pretrain.convert.importing import import_checkpoint
+    from nano_pretrain.plan.tables import new_console
+
+    import_checkpoint(recipe, recipe.hf, source, run_directory(recipe), new_console())
     return EXIT_DONE
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from nano_pretrain.data.phases import phase_lengths
 from nano_pretrain.recipe.acts import Act
 from nano_pretrain.recipe.derived import batch_sizes, stage_tokens
-from nano_pretrain.recipe.errors import RecipeError
+from nano_pretrain.recipe.rules_stages import check_ramp
 from nano_pretrain.recipe.schema import StageConfig
 from nano_pretrain.schedule.clock import TokenClock
 
@@ -28,12 +28,21 @@ def stage_clock(name: str, first: StageConfig, now: StageConfig, acts: Sequence[
     Raises:
         RecipeError: the batch does not grow by equal steps, before the stage is over.
     """
-    _check_ramp(f"stages.{name}.batch_ramp", first)
+    check_ramp(name, first)
     sizes = batch_sizes(first)
     for at, size in _of(f"stages.{name}.global_batch_size", acts, start):
         sizes = [*(earlier for earlier in sizes if earlier[0] < at), (at, size)]
     steps = [(at, samples * now.sequence_length) for at, samples in sizes]
     return TokenClock(start, stage_tokens(now), steps[0][1], tuple(steps[1:]))
+
+
+def step_batches(name: str, stage: StageConfig) -> list[int]:
+    """Samples of the steps of a stage, each number that there is, in a run that is told nothing in mid-run.
+
+    Raises:
+        RecipeError: as `stage_clock`.
+    """
+    return [size // stage.sequence_length for size, _ in stage_clock(name, stage, stage, (), 0).runs]
 
 
 def phase_ends(name: str, first: StageConfig, acts: Sequence[Act], start: int) -> dict[str, Fraction]:
@@ -56,22 +65,6 @@ def phase_ends(name: str, first: StageConfig, acts: Sequence[Act], start: int) -
         moved = (max(share * length, Fraction(at)) for share in shares)
         ends = [end if end <= at else later for end, later in zip(ends, moved, strict=True)]
     return dict(zip(lengths, ends, strict=True))
-
-
-def _check_ramp(field: str, first: StageConfig) -> None:
-    """Of the recipe that the run began with: a batch that is told later may be another."""
-    ramp, size = first.batch_ramp, first.global_batch_size
-    if not ramp.start:
-        return
-    if ramp.start >= size:
-        problem = f"{ramp.start} is not below global_batch_size = {size}"
-        raise RecipeError(f"{field}.start", problem, "write a smaller one")
-    if not ramp.increment or (size - ramp.start) % ramp.increment:
-        problem = f"{ramp.increment} does not divide {size} - {ramp.start} = {size - ramp.start}"
-        raise RecipeError(f"{field}.increment", problem, f"write a divisor of {size - ramp.start}")
-    if not 0 < ramp.ramp_tokens < first.tokens:
-        problem = f"{ramp.ramp_tokens} is not between 0 and the stage's {first.tokens}"
-        raise RecipeError(f"{field}.ramp_tokens", problem, f"write 1 to {first.tokens - 1}")
 
 
 def told_ends(name: str, acts: Sequence[Act], start: int) -> set[Fraction]:

@@ -27,8 +27,9 @@ class _Sample:
 
 
 class HeldOut:
-    """The same held-out samples at every evaluation: the first of each source's held-out stream.
+    """The same held-out samples at every evaluation: the middle of each source's held-out stream, one after the other.
 
+    Not its beginning, which may be another's: a derived source begins with a document of one that it is derived from.
     The last sample of a source may be shorter.
 
     Args:
@@ -64,8 +65,9 @@ class HeldOut:
         self.samples: list[_Sample] = []
         for number, stream in enumerate(self.streams):
             end = min(tokens_per_source, stream.tokens - 1)
+            first = (stream.tokens - 1 - end) // 2
             starts = range(0, end, sequence_length)
-            self.samples += [_Sample(number, start, min(sequence_length, end - start)) for start in starts]
+            self.samples += [_Sample(number, first + start, min(sequence_length, end - start)) for start in starts]
 
     def evaluate(self, run: Run) -> dict[str, Any]:
         """Nats per token and bits per byte of each source and of the blend.

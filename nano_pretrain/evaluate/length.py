@@ -19,6 +19,7 @@ from nano_pretrain.evaluate.prompts import CANDIDATES, Example, Prompts, check_l
 from nano_pretrain.evaluate.retrieval import Complete, Done, estimate, match_scores, rank_scores
 from nano_pretrain.evaluate.room import pass_shape
 from nano_pretrain.evaluate.rows import Passes, Run
+from nano_pretrain.evaluate.windows import sources_read
 from nano_pretrain.recipe.schema import EvaluateConfig, GenerateConfig, ParallelConfig, Recipe, StageConfig
 
 Progress = Callable[[int], None]
@@ -62,7 +63,7 @@ class LengthSuite:
         self._recipe = recipe
         self._corpus = corpus
         self._positions = [
-            LossByPosition(corpus, _sources(recipe), length, options.examples) for length in options.lengths
+            LossByPosition(corpus, sources_read(recipe), length, options.examples) for length in options.lengths
         ]
 
     @property
@@ -141,9 +142,3 @@ def holds_whole_model(recipe: Recipe, layout: ParallelConfig, platform: str) -> 
     """Whether a rank can generate by itself; a step of one token is no FP8 product of Transformer Engine's."""
     alone = layout.tensor == layout.pipeline == layout.context == 1
     return alone and not (platform == "cuda" and recipe.precision.name.startswith("fp8"))
-
-
-def _sources(recipe: Recipe) -> list[str]:
-    """Every source that a stage reads."""
-    phases = [phase for stage in recipe.stages.values() for phase in stage.phases.values()]
-    return sorted({name for phase in phases for name, weight in phase.blend.items() if weight > 0})

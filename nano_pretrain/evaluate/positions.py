@@ -2,41 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
-from itertools import chain, islice, pairwise, zip_longest
+from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
-from nano_pretrain.data.shards import Corpus, TokenStream
+from nano_pretrain.data.shards import Corpus
 from nano_pretrain.evaluate.retrieval import Done, estimate
 from nano_pretrain.evaluate.rows import Passes, Row, Run
-from nano_pretrain.recipe.errors import RecipeError
-
-ENOUGH = 8
-"""Samples of whole long documents that are preferred to more samples of concatenated text."""
-
-SEARCHED = 2**24
-"""Tokens at the start of each held-out stream in which long documents are looked for."""
-
-
-@dataclass(frozen=True)
-class _Place:
-    """First token of a sample in its stream."""
-
-    stream: TokenStream
-    start: int
+from nano_pretrain.evaluate.windows import ENOUGH, check_held_out, concatenated_windows, whole_windows
 
 
 class LossByPosition:
     """Held-out samples of one length, the same at every evaluation, each source in turn.
 
-    A sample lies within one document that is long enough, window after window; where there are fewer than `ENOUGH` of
-    these, samples are cut from the streams as training samples are, across documents.
+    A sample lies within one document that is long enough; where there are fewer than `ENOUGH` of these, samples are cut
+    from the streams as training samples are, across documents.
 
     Args:
         corpus: the shards.
@@ -54,22 +38,18 @@ class LossByPosition:
     """
 
     def __init__(self, corpus: Corpus, sources: Sequence[str], length: int, count: int) -> None:
+        check_held_out([length], corpus, sources)
         streams = [corpus.heldout[name] for name in sources]
         self.length = length
-        self._places = _in_turn([_within_documents(stream, length, corpus.eod_id) for stream in streams], count)
-        self.whole = len(self._places) >= min(ENOUGH, count)
+        self._windows = whole_windows(streams, length, count, corpus.eod_id)
+        self.whole = len(self._windows) >= min(ENOUGH, count)
         if not self.whole:
-            ends = (stream.tokens - length for stream in streams)
-            starts = [range(0, max(0, end), length) for end in ends]
-            self._places = _in_turn([_at(stream, each) for stream, each in zip(streams, starts, strict=True)], count)
-        if not self._places:
-            most = max(stream.tokens for stream in streams) - 1
-            raise RecipeError("evaluate.lengths", f"no source has {length} held-out tokens", f"write at most {most}")
+            self._windows = concatenated_windows(streams, length, count)
 
     @property
     def samples(self) -> int:
         """How many there are."""
-        return len(self._places)
+        return len(self._windows)
 
     def evaluate(self, run: Run, passes: Passes, done: Done) -> dict[str, Any]:
         """Nats per token by bins of positions.
@@ -81,7 +61,7 @@ class LossByPosition:
         edges = bin_edges(self.length)
         inner = torch.tensor(edges[1:-1], device=passes.device)
         sums = torch.zeros(self.samples, len(edges) - 1, dtype=torch.float64, device=passes.device)
-        rows = [Row(self.length, partial(p.stream.read, p.start, self.length + 1)) for p in self._places]
+        rows = [Row(self.length, partial(each.stream.read, each.start, self.length + 1)) for each in self._windows]
         for number, positions, losses in passes.scores(run, rows, lambda batch, losses: losses.double(), done):
             sums[number].index_add_(0, torch.bucketize(positions, inner, right=True), losses)
         dist.all_reduce(sums)
@@ -108,19 +88,3 @@ def bin_edges(length: int) -> list[int]:
         edges.append(edge)
         octaves += 1
     return [*edges, length]
-
-
-def _within_documents(stream: TokenStream, length: int, eod_id: int) -> Iterable[_Place]:
-    ends = np.flatnonzero(stream.read(0, min(stream.tokens, SEARCHED)) == eod_id) + 1
-    for start, end in pairwise([0, *ends.tolist()]):
-        yield from _at(stream, range(start, end - length, length))
-
-
-def _at(stream: TokenStream, starts: Iterable[int]) -> Iterable[_Place]:
-    return (_Place(stream, start) for start in starts)
-
-
-def _in_turn(of_sources: Sequence[Iterable[_Place]], count: int) -> list[_Place]:
-    """The first of each source, then the second of each, up to `count`."""
-    rounds = chain.from_iterable(zip_longest(*of_sources))
-    return list(islice((place for place in rounds if place is not None), count))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import isfinite
@@ -11,10 +12,10 @@ from statistics import median
 from typing import Any
 
 from nano_pretrain.plan.device import Device
-from nano_pretrain.plan.step_time import step_time
+from nano_pretrain.plan.step_time import batch_time
 from nano_pretrain.recipe.errors import RecipeError
 from nano_pretrain.recipe.load import recorded_recipe
-from nano_pretrain.recipe.rules_ranks import check_layout
+from nano_pretrain.recipe.rules_ranks import check_batches, check_layout
 from nano_pretrain.recipe.schema import Recipe
 
 
@@ -25,8 +26,8 @@ class Calibration:
     Attributes:
         path: its metrics.jsonl.
         recipe: the recipe by which it is predicted, beside its metrics; None for the one that is planned.
-        measured: stage -> median of the measured tokens per second.
-        predicted: stage -> tokens per second by the hardware's file alone.
+        measured: stage -> tokens per second of its steps, each taken to be as fast as the median of its batch.
+        predicted: stage -> tokens per second of these steps by the hardware's file alone.
         factor: measured time over predicted time of all its steps; every predicted time is multiplied by it.
     """
 
@@ -50,30 +51,46 @@ def calibrate(recipe: Recipe, device: Device) -> Calibration | None:
         return None
     path = Path(recipe.plan.metrics)
     _check_platform(path, device)
-    speeds: dict[str, list[float]] = {}
-    for stage, speed in _measured(path):
-        speeds.setdefault(stage, []).append(speed)
+    speeds: dict[tuple[str, int], list[float]] = {}
+    for stage, batch, speed in _measured(path):
+        speeds.setdefault((stage, batch), []).append(speed)
     recorded = path.with_name("recipe.yaml")
-    run = _measured_recipe(recipe, recorded.parent, list(speeds)) if recorded.exists() else recipe
-    steps = {stage: len(found) for stage, found in speeds.items() if stage in run.stages}
-    if not steps:
+    stages = [stage for stage, _ in speeds]
+    run = _measured_recipe(recipe, recorded.parent, stages) if recorded.exists() else recipe
+    compared = {step: found for step, found in speeds.items() if _runs(run, *step)}
+    if not compared:
         known = ", ".join(run.stages)
-        raise RecipeError("plan.metrics", f"{path} has no steps of {known}", "write the metrics.jsonl of a run")
-    measured = {stage: median(speeds[stage]) for stage in steps}
-    predicted = {stage: _tokens(run, stage) / step_time(run, stage, device).total for stage in steps}
-    tokens = {stage: steps[stage] * _tokens(run, stage) for stage in steps}
-    took = sum(tokens[stage] / measured[stage] for stage in steps)
+        raise RecipeError(
+            "plan.metrics", f"{path} has no steps of {known} on their ranks", "write the metrics.jsonl of a run"
+        )
+    tokens, measured, predicted = (defaultdict[str, float](float) for _ in range(3))
+    for (stage, batch), found in compared.items():
+        size = batch * run.stages[stage].sequence_length
+        tokens[stage] += len(found) * size
+        measured[stage] += len(found) * size / median(found)
+        predicted[stage] += len(found) * batch_time(run, stage, batch, device).total
     return Calibration(
         path=str(path),
         recipe=str(recorded) if recorded.exists() else None,
-        measured=measured,
-        predicted=predicted,
-        factor=took / sum(tokens[stage] / predicted[stage] for stage in steps),
+        measured={stage: tokens[stage] / measured[stage] for stage in tokens},
+        predicted={stage: tokens[stage] / predicted[stage] for stage in tokens},
+        factor=sum(measured.values()) / sum(predicted.values()),
     )
 
 
-def _measured(path: Path) -> Iterator[tuple[str, float]]:
-    """Stage and tokens per second of each step; lines that are torn are left out."""
+def _runs(run: Recipe, stage: str, batch: int) -> bool:
+    """Whether a stage of the run goes with such a batch; its earlier steps may have been on other ranks."""
+    if stage not in run.stages:
+        return False
+    try:
+        check_batches(run, stage, [batch])
+    except RecipeError:
+        return False
+    return True
+
+
+def _measured(path: Path) -> Iterator[tuple[str, int, float]]:
+    """Stage, samples and tokens per second of each step; lines that are torn are left out."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError as error:
@@ -83,11 +100,12 @@ def _measured(path: Path) -> Iterator[tuple[str, float]]:
     for line in lines:
         try:
             record = json.loads(line)
-            stage, speed = str(record["stage"]), float(record["tokens_per_second"])
+            stage, batch = str(record["stage"]), int(record["global_batch_size"])
+            speed = float(record["tokens_per_second"])
         except (ValueError, KeyError, TypeError):
             continue
-        if isfinite(speed) and speed > 0:
-            yield stage, speed
+        if batch > 0 and isfinite(speed) and speed > 0:
+            yield stage, batch, speed
 
 
 def _measured_recipe(recipe: Recipe, directory: Path, stages: list[str]) -> Recipe:
@@ -139,7 +157,3 @@ def _environment(directory: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _tokens(recipe: Recipe, stage: str) -> int:
-    return recipe.stages[stage].global_batch_size * recipe.stages[stage].sequence_length

@@ -38,7 +38,6 @@ class Cost:
     Attributes:
         steps: optimizer steps.
         tokens: tokens of these.
-        step_seconds: of one.
         devices: ranks.
         checkpoints: what it writes.
         seconds: steps and checkpoints.
@@ -47,7 +46,6 @@ class Cost:
 
     steps: int
     tokens: int
-    step_seconds: float
     devices: int
     checkpoints: Checkpoints
     seconds: float
@@ -81,17 +79,14 @@ def total_cost(costs: Iterable[Cost]) -> dict[str, float]:
     return {name: sum(getattr(cost, name) for cost in stages) for name in names}
 
 
-def stage_cost(recipe: Recipe, stage: StagePlan, step_seconds: float, device: Device) -> Cost:
-    """Cost of a stage whose steps take `step_seconds`."""
+def stage_cost(recipe: Recipe, stage: StagePlan, training_seconds: float, device: Device) -> Cost:
+    """Cost of a stage whose steps take `training_seconds` together."""
     devices = stage_ranks(recipe, stage.config)
     checkpoints = _checkpoints(recipe, stage)
-    # Where the batch changes, smaller steps are taken to be as efficient as the last ones.
-    tokens = stage.end_tokens - stage.start_tokens
-    seconds = tokens / stage.tokens_per_step * step_seconds + checkpoints.count * checkpoints.seconds
+    seconds = training_seconds + checkpoints.count * checkpoints.seconds
     return Cost(
         steps=stage.steps,
-        tokens=tokens,
-        step_seconds=step_seconds,
+        tokens=stage.end_tokens - stage.start_tokens,
         devices=devices,
         checkpoints=checkpoints,
         seconds=seconds,

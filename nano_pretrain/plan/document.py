@@ -47,6 +47,7 @@ def _stage(plan: Plan, report: StageReport) -> dict[str, Any]:
         "micro_batch_size": stage.micro_batch_size,
         "micro_batches": report.micro_batches,
         "global_batch_size": stage.global_batch_size,
+        "batches": [asdict(batch) for batch in report.batches],
         "steps": cost.steps,
         "tokens": cost.tokens,
         "model_flops_per_token": _model_flops(report.model_flops),
@@ -65,6 +66,7 @@ def _stage(plan: Plan, report: StageReport) -> dict[str, Any]:
         "device_hours": cost.device_hours,
         "megawatt_hours": cost.megawatt_hours,
         "checkpoint": asdict(cost.checkpoints),
+        "long_text": asdict(text) if (text := plan.data.long_text.get(stage.name)) else None,
         "phases": plan.data.tokens[stage.name],
     }
 

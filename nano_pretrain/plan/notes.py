@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from nano_pretrain.plan.calibration import Calibration
+from nano_pretrain.plan.data import repetition_notes, short_text_notes
 from nano_pretrain.plan.device import Device
 from nano_pretrain.plan.room import without_room_on
 from nano_pretrain.plan.whole import Plan
 from nano_pretrain.recipe.schema import PlanConfig
-from nano_pretrain.report import words
 
 NOT_COUNTED = (
     "launches of kernels, latencies, stragglers, loading of data, evaluation, clocks that fall with heat, restarts; in "
@@ -30,26 +30,19 @@ def warnings(plan: Plan) -> Iterator[str]:
         yield "the kernels and waits of a step are those of its slowest pipeline position, the rest is its bubble"
     if any(use.available is None for use in plan.data.sources.values()):
         yield f"no corpus is prepared at {plan.recipe.data.path}: epochs are not known"
-    yield from _repeats(plan)
+    repeats = {name: use.repeats for name, use in plan.data.sources.items() if use.repeats}
+    yield from repetition_notes(repeats, len(plan.data.sources))
+    yield from short_text_notes(plan.data.long_text)
     if plan.recipe.precision.name.startswith("fp8") and plan.device.platform == "cpu":
         yield f"{plan.recipe.precision.name} is counted as BF16, in time and memory: a CPU has no FP8 products"
-
-
-def _repeats(plan: Plan) -> Iterator[str]:
-    """What is read more than once, in short; the table has it source by source."""
-    repeats = {name: use.repeats for name, use in plan.data.sources.items() if use.repeats}
-    if repeats:
-        first, again = min(repeats.items(), key=lambda item: item[1].begins)
-        begins = f"{first} first: its second reading begins after {words.count(again.begins)} tokens of the run"
-        yield f"{len(repeats)} of {len(plan.data.sources)} sources are read more than once, {begins}"
-    for stages in dict.fromkeys(again.shared_by for again in repeats.values() if again.shared_by):
-        names = ", ".join(name for name, again in repeats.items() if again.shared_by == stages)
-        yield f"too small to be divided between {' and '.join(stages)}, so that each reads the whole: {names}"
 
 
 def _of_layouts(plan: Plan) -> Iterator[str]:
     """What the stages' layouts are assumed to do, and which of them the command line's `parallel` does not reach."""
     layouts = [report.layout for report in plan.stages.values()]
+    for name, report in plan.stages.items():
+        if len(report.batches) > 1:
+            yield f"{name}'s batch grows: a step's seconds and bytes sent are the last ones'; days and MFU are of all"
     if plan.device.platform == "cuda" and any(layout.overlap for layout in layouts):
         yield "assumed: overlap hides gradients behind the last backward and parameters behind the first forward pass"
     if any(layout.tensor_overlap or layout.cuda_graphs for layout in layouts):

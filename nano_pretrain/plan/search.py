@@ -7,12 +7,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
+from nano_pretrain.data.course import step_batches
 from nano_pretrain.plan.device import Device, check_platform
 from nano_pretrain.plan.memory import stage_memory
 from nano_pretrain.plan.step_time import step_time
 from nano_pretrain.recipe.derived import stage_layout, stage_ranks
 from nano_pretrain.recipe.errors import RecipeError
 from nano_pretrain.recipe.rules import RULES
+from nano_pretrain.recipe.rules_ranks import check_batches
 from nano_pretrain.recipe.schema import Recipe, RecomputeConfig
 
 TENSOR = (1, 2, 4, 8, 16)
@@ -159,6 +161,7 @@ def check_trial(trial: Recipe, stage_name: str, device: Device) -> None:
     """
     for rule in RULES:
         rule(trial)
+    check_batches(trial, stage_name, step_batches(stage_name, trial.stages[stage_name]))
     check_platform(trial, stage_name, device)
 
 

@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from itertools import islice
 
+from nano_pretrain.data.course import step_batches
 from nano_pretrain.plan.device import Device
 from nano_pretrain.plan.search import Search, check_trial, has_room, largest_rank, trials
 from nano_pretrain.recipe.derived import stage_layout, stage_ranks
@@ -60,7 +61,7 @@ def nearest_counts(recipe: Recipe, stage_name: str, device: Device) -> list[int]
 def _layouts_by_count(recipe: Recipe, stage_name: str, device: Device) -> dict[int, list[Recipe]]:
     """Numbers of devices and the layouts that pass the rules there, each with its least micro-batch.
 
-    Rules see data parallelism in one place: its ranks times the micro-batch divide the batch.
+    Rules see data parallelism in one place: its ranks times the micro-batch divide every batch.
     """
     found: dict[int, list[Recipe]] = {}
     first: RecipeError | None = None
@@ -78,7 +79,7 @@ def _layouts_by_count(recipe: Recipe, stage_name: str, device: Device) -> dict[i
             first = first or error
             continue
         seen.add(sizes)
-        for data in divisors(stage.global_batch_size // stage.micro_batch_size):
+        for data in divisors(math.gcd(*step_batches(stage_name, stage)) // stage.micro_batch_size):
             count = math.prod(sizes) * data
             found.setdefault(count, []).append(_on(trial, stage_name, count))
     if first and not found:

@@ -10,7 +10,7 @@ reduced, the optimizer steps and parameters are gathered.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nano_pretrain.plan.blocks import LAYER_ITEMS, VOCABULARY, Block, Run, blocks
 from nano_pretrain.plan.communication import (
@@ -79,6 +79,12 @@ def step_time(recipe: Recipe, stage_name: str, device: Device) -> StepTime:
     sent = [position.sent() for position in positions]
     kinds = dict.fromkeys(kind for found in sent for kind in found)
     return StepTime(items, {kind: max(found.get(kind, 0.0) for found in sent) for kind in kinds})
+
+
+def batch_time(recipe: Recipe, stage_name: str, batch: int, device: Device) -> StepTime:
+    """As `step_time`, of a step of `batch` samples: that of a stage whose batch changes."""
+    stage = replace(recipe.stages[stage_name], global_batch_size=batch)
+    return step_time(replace(recipe, stages={stage_name: stage}), stage_name, device)
 
 
 class _Position:

@@ -143,6 +143,7 @@ def _stages(plan: Plan, stages: Sequence[StageReport]) -> Table:
     """Everything that is one number a stage, and no cost."""
     table = new_table("Stages", "", *(report.stage.name for report in stages))
     _add_section(table, [_layout_cells(report, plan.recipe.recompute.granularity) for report in stages])
+    _add_section(table, [_long_text_cells(plan, report) for report in stages], "tokens in documents of at least")
     has = "" if plan.device.memory_gigabytes is None else f", of {plan.device.memory_gigabytes:g}"
     _add_section(table, [_memory_cells(report) for report in stages], f"GB on the largest rank{has}")
     _add_section(table, [_sent_cells(report) for report in stages], "GB that a rank sends in a step")
@@ -172,13 +173,23 @@ def _layout_cells(report: StageReport, recompute: str) -> Cells:
         "sequence parallelism": "yes" if layout.sequence else "no",
         "recomputation": recompute,
         "sequence length": f"{stage.sequence_length:,}",
-        "sequences of a step": f"{stage.global_batch_size:,}",
-        "  micro-batches of a rank": f"{report.micro_batches:,}",
+        "sequences of a step": _growing([f"{batch.global_batch_size:,}" for batch in report.batches]),
+        "  micro-batches of a rank": _growing([f"{batch.micro_batches:,}" for batch in report.batches]),
         "  sequences of a micro-batch": f"{stage.micro_batch_size:,}",
-        "tokens of a step": words.count(stage.tokens_per_step),
+        "tokens of a step": _growing([words.count(size) for size, _ in stage.clock.runs]),
         "steps": f"{stage.steps:,}",
         "tokens": words.count(report.cost.tokens),
     }
+
+
+def _long_text_cells(plan: Plan, report: StageReport) -> Cells:
+    text = plan.data.long_text.get(report.stage.name)
+    return {f"{text.least:,} tokens": words.small_share(text.share)} if text else {}
+
+
+def _growing(counts: Sequence[str]) -> str:
+    """What all steps of a stage have; where the batch grows, the first and the last of them."""
+    return " to ".join(dict.fromkeys((counts[0], counts[-1])))
 
 
 def _memory_cells(report: StageReport) -> Cells:

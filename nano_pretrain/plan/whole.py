@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from nano_pretrain.data.course import step_batches
 from nano_pretrain.data.stage_plan import StagePlan
 from nano_pretrain.plan.blocks import executed_flops
 from nano_pretrain.plan.calibration import Calibration, calibrate
@@ -13,11 +14,29 @@ from nano_pretrain.plan.device import Device, check_platform, load_device
 from nano_pretrain.plan.memory import RankMemory, stage_memory
 from nano_pretrain.plan.params import ParameterCount, count_parameters
 from nano_pretrain.plan.ranks import RankParameters, pipeline_parts, rank_parameters
-from nano_pretrain.plan.step_time import StepTime, step_time
+from nano_pretrain.plan.step_time import StepTime, batch_time, step_time
 from nano_pretrain.plan.work import layer_format, plain_format
 from nano_pretrain.recipe.derived import stage_layout, stage_ranks
 from nano_pretrain.recipe.flops import ModelFlops, count_flops
+from nano_pretrain.recipe.rules_ranks import check_batches
 from nano_pretrain.recipe.schema import ParallelConfig, Recipe, StageConfig
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Steps of one size.
+
+    Attributes:
+        global_batch_size: samples of each.
+        micro_batches: of a rank in each.
+        steps: how many.
+        step_seconds: of one, calibrated.
+    """
+
+    global_batch_size: int
+    micro_batches: int
+    steps: int
+    step_seconds: float
 
 
 @dataclass(frozen=True)
@@ -34,8 +53,9 @@ class StageReport:
         parameters: of a rank of each pipeline position.
         memory: of a rank of each pipeline position.
         fits: whether all of them have room; None if the hardware's memory is not known.
-        time: of a step, calibrated.
-        other_seconds: of a step with the other `parallel.overlap`, calibrated.
+        batches: all of its steps, in order.
+        time: of one of its last steps, which are the largest, calibrated.
+        other_seconds: of such a step with the other `parallel.overlap`, calibrated.
         cost: of the stage.
         peaks: format -> dense peak of all ranks in FLOP/s: the parameters' format, and FP8 if linears multiply in it.
     """
@@ -49,6 +69,7 @@ class StageReport:
     parameters: list[RankParameters]
     memory: list[RankMemory]
     fits: bool | None
+    batches: list[Batch]
     time: StepTime
     other_seconds: float
     cost: Cost
@@ -66,8 +87,8 @@ class StageReport:
 
     @property
     def micro_batches(self) -> int:
-        """Micro-batches of a rank in a step."""
-        return self.stage.global_batch_size // (self.data_parallel * self.stage.micro_batch_size)
+        """Micro-batches of a rank in one of the last steps."""
+        return self.batches[-1].micro_batches
 
     @property
     def mfu(self) -> dict[str, float]:
@@ -98,6 +119,7 @@ def make_plan(recipe: Recipe) -> Plan:
     device = load_device(recipe)
     for name in recipe.stages:
         check_platform(recipe, name, device)
+        check_batches(recipe, name, step_batches(name, recipe.stages[name]))
     data = plan_data(recipe)
     calibration = calibrate(recipe, device)
     factor = calibration.factor if calibration else 1.0
@@ -115,7 +137,7 @@ def _report(recipe: Recipe, stage: StagePlan, device: Device, factor: float) -> 
     layout, devices = stage_layout(recipe, stage.config), stage_ranks(recipe, stage.config)
     parts = pipeline_parts(recipe.model, layout, stage.sequence_length)
     memory = stage_memory(recipe, stage.name, platform=device.platform)
-    time = step_time(recipe, stage.name, device).scaled(factor)
+    batches = _batches(recipe, stage, device, factor)
     other = replace(stage.config, parallel=replace(layout, overlap=not layout.overlap))
     return StageReport(
         stage=stage,
@@ -127,11 +149,23 @@ def _report(recipe: Recipe, stage: StagePlan, device: Device, factor: float) -> 
         parameters=[rank_parameters(recipe.model, layout, part) for part in parts],
         memory=memory,
         fits=fits(memory, device),
-        time=time,
+        batches=batches,
+        time=step_time(recipe, stage.name, device).scaled(factor),
         other_seconds=factor * step_time(replace(recipe, stages={stage.name: other}), stage.name, device).total,
-        cost=stage_cost(recipe, stage, time.total, device),
+        cost=stage_cost(recipe, stage, sum(batch.steps * batch.step_seconds for batch in batches), device),
         peaks={name: devices * device.peak(name) for name in _formats(recipe, device)},
     )
+
+
+def _batches(recipe: Recipe, stage: StagePlan, device: Device, factor: float) -> list[Batch]:
+    layout = stage_layout(recipe, stage.config)
+    copies = stage_ranks(recipe, stage.config) // (layout.tensor * layout.context * layout.pipeline)
+    found = []
+    for size, steps in stage.clock.runs:
+        samples = size // stage.sequence_length
+        seconds = factor * batch_time(recipe, stage.name, samples, device).total
+        found.append(Batch(samples, samples // (copies * stage.micro_batch_size), steps, seconds))
+    return found
 
 
 def _formats(recipe: Recipe, device: Device) -> list[str]:

@@ -16,7 +16,7 @@ from nano_pretrain.recipe.rules_fp8 import fp8_multiples
 from nano_pretrain.recipe.rules_gpu import cuda_graphs, tensor_overlap
 from nano_pretrain.recipe.rules_precision import bf16_linears
 from nano_pretrain.recipe.rules_ranks import check_layout, divides
-from nano_pretrain.recipe.rules_stages import whole_steps
+from nano_pretrain.recipe.rules_stages import batch_ramps, whole_steps
 from nano_pretrain.recipe.schema import Recipe
 
 POSITIVE = frozenset({
@@ -26,7 +26,7 @@ POSITIVE = frozenset({
     "global_batch_size", "gpus", "train_bytes", "max_bytes_per_source", "max_epochs", "quota_window",
     "tokens_per_source", "keep", "timeout_seconds", "threads_per_rank", "peak_tflops", "max_new_tokens",
     "grace_seconds", "share", "storage_gigabytes_per_second", "checkpoint",
-    "bucket_size", "concurrency", "examples", "extend_to",
+    "bucket_size", "concurrency", "examples", "extend_to", "file_gigabytes",
 })  # fmt: skip
 """Last names of the fields that must be above 0."""
 
@@ -75,6 +75,7 @@ CHOICES = {
     "log.wandb": ("offline", "online", "disabled"),
     "launch.kind": ("local",),
     "plan.format": ("text", "json"),
+    "hf.dtype": ("stored", "bf16", "fp32"),
     "cluster.cpu_kernels": ("auto", "native", "plain"),
 }
 
@@ -251,5 +252,6 @@ RULES: tuple[Callable[[Recipe], None], ...] = (
     validation_reads_samples,
     evaluation,
     whole_steps,
+    batch_ramps,
     names,
 )

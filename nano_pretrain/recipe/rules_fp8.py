@@ -62,7 +62,7 @@ def _fewer_ranks(recipe: Recipe, stage_name: str, misfit: Misfit) -> str:
     tried = [(other, ranks) for other in _fewer(layout)]
     for other in _fewer(layout):
         model_ranks = other.tensor * other.pipeline * other.context
-        near = near_ranks(stage, model_ranks, ranks)
+        near = near_ranks(stage.global_batch_size, stage.micro_batch_size, model_ranks, ranks)
         tried += [(other, number) for number in sorted(near, key=lambda number: abs(number - ranks))]
     mending: dict[int, str] = {}
     for other, number in tried:

@@ -204,6 +204,9 @@ class DataConfig:
 
     corpus: str = option(MISSING, "Name of a corpus file in data_blend/corpora/.", FIXED)
     path: str = option(MISSING, "Directory of the prepared shards.")
+    add: bool = option(
+        False, "prepare: write what a corpus of other settings at data.path lacks as a new generation of its shards."
+    )
     cache_dir: str = option("data/packages", "Directory of the downloaded, hash-checked packages.")
     tokenizer: TokenizerConfig = option(TokenizerConfig, "Tokenizer.")
     max_bytes_per_source: Optional[int] = option(None, "Text kept of each source, in bytes; null keeps all.", FIXED)
@@ -318,6 +321,22 @@ class EvaluateConfig:
 
 
 @dataclass
+class HfConfig:
+    """Conversion from and to Hugging Face checkpoints; a run knows nothing of it."""
+
+    path: Optional[str] = option(None, "Directory of the Hugging Face checkpoint; null is the run's hf for `export`.")
+    checkpoint: Optional[int] = option(
+        None, "Consumed tokens of the checkpoint to export; null means the newest whole one."
+    )
+    dtype: str = option(
+        "stored",
+        "stored: as the checkpoint has it, on export the dtype of each tensor in the model; bf16 | fp32: every tensor.",
+    )
+    file_gigabytes: float = option(5.0, "Most gigabytes of a safetensors file.")
+    verify: bool = option(True, "Compare what was converted with transformers' own model: weights and logits.")
+
+
+@dataclass
 class PlanConfig:
     """What the verb `plan` answers and assumes; a run knows nothing of it."""
 
@@ -352,6 +371,7 @@ class Recipe:
     run: RunConfig = option(RunConfig, "Identity.")
     generate: GenerateConfig = option(GenerateConfig, "Generation.")
     evaluate: EvaluateConfig = option(EvaluateConfig, "Evaluation for length.")
+    hf: HfConfig = option(HfConfig, "Hugging Face checkpoints.")
     plan: PlanConfig = option(PlanConfig, "Planning.")
     stand_ins: dict[str, str] = option(
         dict,

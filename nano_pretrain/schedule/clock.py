@@ -7,6 +7,7 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
+from itertools import pairwise
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,11 @@ class TokenClock:
         """Tokens of a step of each size that the stage has from `consumed` tokens on, in order."""
         now = self._span_of(consumed - self.start_tokens)
         return [span.size for span in self._spans if span.tokens >= now.tokens]
+
+    @property
+    def runs(self) -> list[tuple[int, int]]:
+        """Tokens of a step of each size that the stage has, and how many steps have it, in order."""
+        return [(span.size, after.step - span.step) for span, after in pairwise([*self._spans, self._end])]
 
     def step_at(self, consumed: int) -> int:
         """The step, counted from 0 in the stage, that starts after `consumed` tokens; `steps` at the very end.

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import takewhile
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from nano_pretrain.checkpoint.manifest import newest_manifest, newest_tokens
+from nano_pretrain.checkpoint.corpus import check_order, check_run_corpus
+from nano_pretrain.checkpoint.manifest import newest_tokens
 from nano_pretrain.data.curriculum import Curriculum
+from nano_pretrain.data.long_text import long_text
+from nano_pretrain.data.repeats import repetitions
 from nano_pretrain.data.shards import MANIFEST_NAME, Corpus, open_corpus
 from nano_pretrain.data.stage_plan import StagePlan
 from nano_pretrain.evaluate.prompts import check_lengths
+from nano_pretrain.evaluate.windows import check_held_out, sources_read
 from nano_pretrain.platform.preflight import check_dependencies
 from nano_pretrain.recipe.acts import continuation, undone
-from nano_pretrain.recipe.derived import stage_layout
-from nano_pretrain.recipe.errors import EXIT_DONE, RecipeError, UserError
+from nano_pretrain.recipe.errors import EXIT_DONE, UserError
 from nano_pretrain.recipe.rules import check
-from nano_pretrain.recipe.rules_layout import layout_field
-from nano_pretrain.recipe.rules_ranks import check_ranks
+from nano_pretrain.recipe.rules_ranks import check_batches
 from nano_pretrain.recipe.schema import Recipe
 from nano_pretrain.recipe.split import stage_build
 from nano_pretrain.train.directory import check_not_held
@@ -58,9 +60,25 @@ def check_before(recipe: Recipe, overrides: Sequence[str], directory: Path, firs
         for act in going_on.told:
             check_act(act, known)
     curriculum = Curriculum(recipe, corpus.sizes, (*going_on.acts, *going_on.told))
+    check_order(directory, curriculum)
+    long_text(curriculum, corpus.tokens_by_length)
     for source in curriculum.sources:
         corpus.held_out(source)
+    if recipe.evaluate.at_stage_end:
+        check_held_out(recipe.evaluate.lengths, corpus, sources_read(recipe))
+    for stage in _following(directory, curriculum):
+        check_batches(recipe, stage.name, _batches_ahead(stage, directory))
     return curriculum
+
+
+def _notes(curriculum: Curriculum) -> Iterator[str]:
+    """What should be known of the data before anything is spent on it, in the words of `plan`."""
+    # Not above: with the words comes matplotlib, which no refusal should wait for.
+    from nano_pretrain.plan.data import repetition_notes, short_text_notes
+
+    yield from repetition_notes(repetitions(curriculum), len(curriculum.sources))
+    corpus = open_corpus(Path(curriculum.recipe.data.path))
+    yield from short_text_notes(long_text(curriculum, corpus.tokens_by_length))
 
 
 def check_prepared_corpus(recipe: Recipe, directory: Path) -> None:
@@ -82,12 +100,7 @@ def _check_corpus(recipe: Recipe, directory: Path, corpus: Corpus) -> None:
         )
     if recipe.evaluate.lengths and recipe.evaluate.at_stage_end:
         check_lengths(recipe.evaluate, Tokenizer.from_file(str(corpus.tokenizer_file)))
-    manifest = newest_manifest(directory)
-    if manifest is not None and manifest.corpus != corpus.fingerprint:
-        raise UserError(
-            f"data.path: the shards in {corpus.path} are not those that the run in {directory} was trained on; "
-            "restore them or choose another run.name"
-        )
+    check_run_corpus(directory, corpus)
 
 
 def check_started_ranks(recipe: Recipe, directory: Path, curriculum: Curriculum, world_size: int) -> None:
@@ -96,28 +109,20 @@ def check_started_ranks(recipe: Recipe, directory: Path, curriculum: Curriculum,
     Raises:
         RecipeError: the layout or the batch does not fit them.
     """
-    following = curriculum.stages[curriculum.stages.index(next_stage(directory, curriculum)) :]
+    following = _following(directory, curriculum)
     build = stage_build(recipe, following[0].config)
     for stage in takewhile(lambda stage: stage_build(recipe, stage.config) == build, following):
-        field, prefix = f"stages.{stage.name}", layout_field(stage.name, stage.config)
-        layout = stage_layout(recipe, stage.config)
-        data_parallel = check_ranks(field, prefix, stage.config, layout, world_size, "started")
-        _check_batches(stage, newest_tokens(directory) or 0, data_parallel)
+        check_batches(recipe, stage.name, _batches_ahead(stage, directory), world_size)
 
 
-def _check_batches(stage: StagePlan, tokens: int, data_parallel: int) -> None:
-    """Where the batch changes, the ranks divide each one that is ahead."""
-    together = data_parallel * stage.micro_batch_size
-    for size in stage.clock.sizes_from(tokens):
-        samples = size // stage.sequence_length
-        if samples % together:
-            field = f"stages.{stage.name}"
-            raise RecipeError(
-                f"{field}.batch_ramp" if stage.config.batch_ramp.start else f"{field}.global_batch_size",
-                f"{samples} samples of a step are not divisible by {data_parallel} data-parallel ranks x "
-                f"micro_batch_size {stage.micro_batch_size}",
-                f"start other ranks or write another {field}.micro_batch_size: their product has to divide {samples}",
-            )
+def _following(directory: Path, curriculum: Curriculum) -> Sequence[StagePlan]:
+    """The stage that the run goes on with, and those after it."""
+    return curriculum.stages[curriculum.stages.index(next_stage(directory, curriculum)) :]
+
+
+def _batches_ahead(stage: StagePlan, directory: Path) -> list[int]:
+    """Samples of the steps that the run has before it in a stage, each number that there is."""
+    return [size // stage.sequence_length for size in stage.clock.sizes_from(newest_tokens(directory) or 0)]
 
 
 def next_stage(directory: Path, curriculum: Curriculum) -> StagePlan:
@@ -134,12 +139,16 @@ def answer(recipe: Recipe, directory: Path, curriculum: Curriculum, speaks: bool
         curriculum: what the run reads.
         speaks: whether this process prints.
     """
+    done = newest_tokens(directory)
+    finished = done is not None and done >= curriculum.total_tokens and _ended_well(directory)
+    if speaks and not finished:
+        for note in _notes(curriculum):
+            print(note, flush=True)
     if recipe.dry_run:
         if speaks:
             print(f"would train {directory} to {curriculum.total_tokens:,} tokens in {curriculum.total_steps:,} steps")
         return EXIT_DONE
-    done = newest_tokens(directory)
-    if done is None or done < curriculum.total_tokens or not _ended_well(directory):
+    if not finished:
         return None
     if speaks:
         from nano_pretrain.report import render_report

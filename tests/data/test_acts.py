@@ -168,7 +168,7 @@ def test_shares_of_phases_do_not_depend_on_the_batch() -> None:
         ((16, 4, 960), "16 is not below global_batch_size = 16"),
         ((4, 5, 960), "5 does not divide 16 - 4 = 12"),
         ((4, 4, 6400), "6400 is not between 0 and the stage's 6400"),
-        ((4, 0, 960), "0 does not divide 16 - 4 = 12"),
+        ((4, 0, 960), "0 never lets the batch grow"),
     ],
 )
 def test_a_ramp_that_leads_nowhere_is_refused(ramp: tuple[int, int, int], problem: str) -> None:

@@ -15,10 +15,11 @@ from torch import Tensor
 from nano_pretrain.data.loader import MicroBatch
 from nano_pretrain.data.shards import Corpus, open_corpus
 from nano_pretrain.evaluate.heldout import HeldOut
-from nano_pretrain.evaluate.positions import ENOUGH, LossByPosition, bin_edges
+from nano_pretrain.evaluate.positions import LossByPosition, bin_edges
 from nano_pretrain.evaluate.prompts import CANDIDATES, Example, Prompts
 from nano_pretrain.evaluate.retrieval import estimate, match_scores, rank_scores
 from nano_pretrain.evaluate.rows import Passes, Run
+from nano_pretrain.evaluate.windows import ENOUGH, Window, concatenated_windows, whole_windows
 from nano_pretrain.platform import Platform
 from nano_pretrain.recipe.errors import RecipeError
 from nano_pretrain.recipe.schema import RETRIEVAL_TASKS, ParallelConfig
@@ -143,7 +144,9 @@ def test_loss_by_position_has_the_mean_of_the_held_out_loss_on_the_same_samples(
     assert (positions.whole, positions.samples) == (False, 3)
     for name in SOURCES:
         one = LossByPosition(corpus, [name], length, count)
-        one._places = [type(one._places[0])(corpus.heldout[name], length * number) for number in range(count)]
+        # The very tokens of the held-out loss: the middle of the stream.
+        first = (corpus.heldout[name].tokens - 1 - count * length) // 2
+        one._windows = [Window(corpus.heldout[name], first + length * number) for number in range(count)]
         found = one.evaluate(stand_in(hard_to_copy), Passes((112, 4), EOD, CPU), nothing)
         heldout = HeldOut(corpus, {name: 1.0}, length, 4, count * length, True, CPU)
         expected = heldout.evaluate(stand_in(hard_to_copy))["blend"]["loss"]
@@ -165,12 +168,28 @@ def test_each_position_counts_in_its_own_bin(platform: Platform, corpus: Corpus)
 def test_samples_lie_within_long_documents_where_there_are_enough(corpus: Corpus) -> None:
     positions = LossByPosition(corpus, sorted(SOURCES), 100, 12)
     assert (positions.whole, positions.samples) == (True, 12)
-    names = [place.stream.name for place in positions._places]
+    names = [window.stream.name for window in positions._windows]
     assert names[:3] == sorted(SOURCES), "each source in its turn"
-    for place in positions._places:
-        assert EOD not in place.stream.read(place.start, 100)
-    assert len({(place.stream.name, place.start) for place in positions._places}) == 12
+    for window in positions._windows:
+        assert EOD not in window.stream.read(window.start, 100)
+    assert len({(window.stream.name, window.start) for window in positions._windows}) == 12
     assert not LossByPosition(corpus, sorted(SOURCES), 290, ENOUGH).whole
+
+
+def test_windows_lie_evenly_over_what_a_source_has(corpus: Corpus) -> None:
+    """Else two sources that begin with the same text would count it twice."""
+    streams = [corpus.heldout[name] for name in sorted(SOURCES)]
+    for stream in streams:
+        found = [window.start for window in concatenated_windows([stream], 100, 3)]
+        every = range(0, stream.tokens - 100, 100)
+        assert found == [every[(2 * number + 1) * len(every) // 6] for number in range(3)]
+        assert found[0] >= 100
+    whole, first = (whole_windows(streams, 100, count, EOD) for count in (10**6, 5))
+    assert [window.stream.name for window in first] == [*sorted(SOURCES), *sorted(SOURCES)[:2]]
+    assert set(first) < set(whole)
+    assert len(set(whole)) == len(whole)
+    rows = [tuple(window.stream.read(window.start, 100).tolist()) for window in whole]
+    assert not any(EOD in row for row in rows)
 
 
 def test_length_beyond_all_held_out_text_is_refused(corpus: Corpus) -> None:

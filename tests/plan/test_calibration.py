@@ -10,7 +10,7 @@ import pytest
 
 from nano_pretrain.plan.calibration import calibrate
 from nano_pretrain.plan.notes import assumptions
-from nano_pretrain.plan.step_time import step_time
+from nano_pretrain.plan.step_time import batch_time, step_time
 from nano_pretrain.plan.whole import make_plan
 from nano_pretrain.recipe.errors import RecipeError
 from nano_pretrain.recipe.load import to_yaml
@@ -24,8 +24,9 @@ def measured(recipe: Recipe, path: Path) -> Recipe:
     return replace(recipe, plan=PlanConfig(hardware="cpu", metrics=str(path)))
 
 
-def write(path: Path, speeds: list[float], stage: str = STAGE) -> Path:
-    lines = [json.dumps({"step": i, "stage": stage, "tokens_per_second": speed}) for i, speed in enumerate(speeds)]
+def write(path: Path, speeds: list[float], stage: str = STAGE, batch: int = 8) -> Path:
+    each = {"stage": stage, "global_batch_size": batch}
+    lines = [json.dumps({"step": i, "tokens_per_second": speed, **each}) for i, speed in enumerate(speeds)]
     path.write_text("\n".join([*lines, '{"step": 99, "stage": "pre']))
     return path
 
@@ -45,6 +46,26 @@ def test_half_the_speed_is_twice_the_time(tmp_path: Path) -> None:
     assert calibrate(recipe, CPU) is None
 
 
+def test_each_batch_is_compared_with_its_own_steps(tmp_path: Path) -> None:
+    recipe = small(ranks=2)
+    rest = {batch: batch_time(recipe, STAGE, batch, CPU).total for batch in (4, 8)}
+    fast = {batch: batch * 48 / seconds / 2 for batch, seconds in rest.items()}
+    assert fast[4] < 0.95 * fast[8], "smaller batches are slower, so that one speed for both would be wrong"
+    lines = write(tmp_path / "small.jsonl", 30 * [fast[4]], batch=4).read_text().splitlines()[:-1]
+    path = write(tmp_path / "metrics.jsonl", 2 * [fast[8]])
+    path.write_text("\n".join([*lines, path.read_text()]))
+    found = calibrate(measured(recipe, path), CPU)
+    assert found is not None
+    assert found.factor == pytest.approx(2)
+    tokens, seconds = (30 * 4 + 2 * 8) * 48, 2 * (30 * rest[4] + 2 * rest[8])
+    assert found.measured == {STAGE: pytest.approx(tokens / seconds)}
+    # Steps of a batch that these ranks do not divide were on others, which nothing here says.
+    path.write_text("\n".join([*write(tmp_path / "odd.jsonl", [1.0], batch=3).read_text().splitlines()[:-1], *lines]))
+    odd = calibrate(measured(recipe, path), CPU)
+    assert odd is not None
+    assert odd.factor == pytest.approx(2)
+
+
 def test_the_run_is_predicted_by_its_own_recipe_on_its_own_ranks(tmp_path: Path) -> None:
     other = small(ranks=1, hidden_size=48)
     other.data.corpus = "any"
@@ -60,7 +81,7 @@ def test_the_plan_scales_times_and_costs(tmp_path: Path) -> None:
     recipe = named("tiny", "plan.hardware=cpu", "data.path=nowhere")
     plain = make_plan(recipe).stages[STAGE]
     speed = plain.cost.tokens_per_second
-    path = write(tmp_path / "metrics.jsonl", [speed / 3])
+    path = write(tmp_path / "metrics.jsonl", [speed / 3], batch=16)
     scaled = make_plan(measured(recipe, path)).stages[STAGE]
     assert scaled.cost.tokens_per_second == pytest.approx(speed / 3)
     assert scaled.mfu["bf16"] == pytest.approx(plain.mfu["bf16"] / 3)

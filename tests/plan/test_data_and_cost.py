@@ -97,7 +97,7 @@ def test_cost_by_hand(corpus: Path) -> None:
     recipe.plan = PlanConfig(storage_gigabytes_per_second=checkpoint_bytes(recipe) / 1e9)
     recipe.cluster.gpus = 8
     stage = plan_data(recipe).curriculum.stages[0]
-    found = stage_cost(recipe, stage, 3.0, device("h100"))
+    found = stage_cost(recipe, stage, 18.0, device("h100"))
     # 6 steps of 3 s; checkpoints after the 4th and at the end, a second each.
     assert found.checkpoints.count == 2
     assert found.checkpoints.seconds == pytest.approx(1)
@@ -111,7 +111,7 @@ def test_cost_by_hand(corpus: Path) -> None:
     assert (both["seconds"], both["written_bytes"]) == (2 * found.seconds, 2 * found.written_bytes)
     assert both["device_hours"] == pytest.approx(2 * found.device_hours)
     only_last = replace(recipe, checkpoint=CheckpointConfig(every=0))
-    assert stage_cost(only_last, stage, 3.0, device("h100")).checkpoints.count == 1
+    assert stage_cost(only_last, stage, 18.0, device("h100")).checkpoints.count == 1
 
 
 @pytest.mark.parametrize(

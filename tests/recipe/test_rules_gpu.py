@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from nano_pretrain import verbs
+from nano_pretrain.cli import check_verb
 from nano_pretrain.compose import compose
-from nano_pretrain.recipe.errors import RecipeError, UserError
+from nano_pretrain.recipe.errors import RecipeError
 from nano_pretrain.recipe.rules_evaluate import evaluation, lengths_at_stage_ends
 from nano_pretrain.recipe.rules_gpu import cuda_graphs, tensor_overlap
 from nano_pretrain.recipe.schema import ParallelConfig, PrecisionConfig, Recipe
@@ -103,13 +103,11 @@ def test_only_verbs_that_train_or_plan_refuse_other_lengths_at_stage_ends(field:
     recipe.evaluate.lengths = [512]
     evaluation(recipe)
     message = rf"^evaluate\.at_stage_end: other lengths than the trained one do not go with parallel\.{field}; "
-    for verb in (verbs.plan, verbs.train, verbs.launch):
+    for verb in ("plan", "train", "launch"):
         with pytest.raises(RecipeError, match=message + "write evaluate.at_stage_end=false and use the verb evaluate"):
-            verb(recipe, [])
-    recipe.run.name = "none-was-trained"
-    for verb in (verbs.evaluate, verbs.generate, verbs.report):
-        with pytest.raises(UserError, match=r"^run\.name: no run in"):
-            verb(recipe, [])
+            check_verb(verb, recipe)
+    for verb in ("prepare", "evaluate", "generate", "report"):
+        check_verb(verb, recipe)
     recipe.evaluate.at_stage_end = False
     lengths_at_stage_ends(recipe)
 

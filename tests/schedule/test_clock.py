@@ -90,6 +90,12 @@ def test_between_the_borders_is_none(clock: TokenClock) -> None:
                 clock.step_at(consumed)
 
 
+@given(CHANGING)
+@settings(deadline=None)
+def test_runs_of_equal_steps(clock: TokenClock) -> None:
+    assert [size for size, steps in clock.runs for _ in range(steps)] == [s for _, s in sizes_one_by_one(clock)[:-1]]
+
+
 @given(CHANGING, st.data())
 @settings(deadline=None)
 def test_sizes_that_are_ahead(clock: TokenClock, data: st.DataObject) -> None:
