@@ -1,0 +1,1 @@
+"""Hugging Face <-> native checkpoints, over one table of names, a tensor at a time."""

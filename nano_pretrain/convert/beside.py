@@ -1,0 +1,106 @@
+"""What stands beside the weights of a Hugging Face checkpoint: configuration, tokenizer, recipe and model card."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from nano_pretrain.convert.card import write_card
+from nano_pretrain.convert.config import CONFIG_NAME, SPECIAL_IDS, hf_config
+from nano_pretrain.data.shards import TOKENIZER_NAME
+from nano_pretrain.prepare.tokenizer import SPECIAL_TOKENS
+from nano_pretrain.recipe.derived import stage_tokens
+from nano_pretrain.recipe.errors import UserError
+from nano_pretrain.recipe.load import to_yaml
+from nano_pretrain.recipe.schema import Recipe
+
+TORCH_DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
+_TOKENS = {name.removesuffix("_id"): SPECIAL_TOKENS[number] for name, number in SPECIAL_IDS.items()}
+
+
+def write_beside(directory: Path, recipe: Recipe, run_dir: Path, tokens: int, dtype: str) -> list[str]:
+    """Write everything but the weights; without a prepared corpus no tokenizer, which a line on stdout says.
+
+    Args:
+        directory: of the weights.
+        recipe: the run's recipe.
+        run_dir: directory of the run, for the model card; any of its files may be missing.
+        tokens: that the checkpoint has consumed.
+        dtype: of the weights: "bf16", "fp32" or the name that torch gives it.
+
+    Returns:
+        Names of the files.
+
+    Raises:
+        UserError: the corpus has the tokenizer of another model.
+    """
+    torch_dtype, length = TORCH_DTYPES.get(dtype, dtype), trained_length(recipe, tokens)
+    config = hf_config(recipe, max_position_embeddings=length, torch_dtype=torch_dtype)
+    names = [
+        _write_json(directory / CONFIG_NAME, config),
+        _write_json(directory / "generation_config.json", SPECIAL_IDS),
+        _write_text(directory / "recipe.yaml", to_yaml(recipe)),
+        *_write_tokenizer(directory, recipe, length),
+    ]
+    return [*names, *write_card(directory, recipe, run_dir, tokens, torch_dtype, has_tokenizer=TOKENIZER_NAME in names)]
+
+
+def trained_length(recipe: Recipe, tokens: int) -> int:
+    """Tokens of the longest sample that a checkpoint was trained on: of the stages that had begun."""
+    begins = accumulate(map(stage_tokens, recipe.stages.values()), initial=0)
+    begun = [stage for begin, stage in zip(begins, recipe.stages.values(), strict=False) if begin < max(tokens, 1)]
+    return max(stage.sequence_length for stage in begun)
+
+
+def _write_tokenizer(directory: Path, recipe: Recipe, length: int) -> Iterator[str]:
+    file = Path(recipe.data.path) / TOKENIZER_NAME
+    if not file.is_file():
+        print(f"data.path: no {file}, so no tokenizer is written; copy that of the run beside the weights")
+        return
+    entries = Tokenizer.from_file(str(file)).get_vocab_size()
+    if entries != recipe.model.vocab_size:
+        raise UserError(
+            f"data.path: {file} has {entries} entries, the model {recipe.model.vocab_size}; name the corpus of the run"
+        )
+    shutil.copyfile(file, directory / TOKENIZER_NAME)
+    yield TOKENIZER_NAME
+    yield _write_json(directory / "tokenizer_config.json", tokenizer_config(length))
+    # Only transformers 4 reads it.
+    yield _write_json(directory / "special_tokens_map.json", {**_TOKENS, "unk_token": SPECIAL_TOKENS[0]})
+
+
+def tokenizer_config(length: int) -> dict[str, Any]:
+    """How transformers is to use tokenizer.json: exactly as `prepare` did.
+
+    Nothing is put before or behind a text, and text that spells a special token is text. Who wants "</s>" in a text to
+    end it passes `split_special_tokens=False` to `AutoTokenizer.from_pretrained`.
+
+    Args:
+        length: tokens of the longest sample that the model was trained on.
+    """
+    return {
+        # The one name for a tokenizer.json and nothing else that transformers 4 and 5 know.
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **_TOKENS,
+        "unk_token": SPECIAL_TOKENS[0],
+        "split_special_tokens": True,
+        # transformers 4 else decodes "a , b" to "a, b", and gives token_type_ids, which the model does not take.
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
+        "model_max_length": length,
+    }
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> str:
+    return _write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def _write_text(path: Path, text: str) -> str:
+    path.write_text(text, encoding="utf-8")
+    return path.name

@@ -1,0 +1,121 @@
+"""A directory that is filled under another name, goes on after a kill with the next file, and is renamed when whole."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from nano_pretrain.checkpoint.files import write_json
+from nano_pretrain.checkpoint.manifest import FileEntry
+from nano_pretrain.recipe.errors import UserError
+
+JOURNAL = "conversion.json"
+
+
+class Work:
+    """The files of a conversion that are whole, and what they are converted from.
+
+    Args:
+        final: the directory that comes of it.
+        identity: what decides on its content; of another one nothing is kept.
+
+    Attributes:
+        directory: where its files are written until then.
+        kept: how many files an interrupted conversion has left.
+
+    Raises:
+        UserError: another process is at work there.
+    """
+
+    def __init__(self, final: Path, identity: Mapping[str, Any]) -> None:
+        self._final = final
+        self._identity = dict(identity)
+        self.directory = final.with_name(f".converting-{final.name}")
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._lock()
+        self._files = self._left()
+        self.kept = len(self._files)
+        for path in self.directory.iterdir():
+            if path.name not in {*self._files, JOURNAL}:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def has(self, name: str) -> bool:
+        """Whether a file is there in full."""
+        return name in self._files
+
+    def add(self, name: str, entry: FileEntry, rest: Any = None) -> None:
+        """Note that a file is whole and durable.
+
+        Args:
+            name: of the file.
+            entry: its size and checksum.
+            rest: what else is to be known of it, as JSON can hold it.
+        """
+        self._files[name] = {"entry": asdict(entry), "rest": rest}
+        write_json(self.directory / JOURNAL, {"identity": self._identity, "files": self._files})
+
+    def rest(self, name: str) -> Any:
+        """What else is known of a file."""
+        return self._files[name]["rest"]
+
+    def entries(self) -> dict[str, FileEntry]:
+        """Size and checksum of each file."""
+        return {name: FileEntry(**file["entry"]) for name, file in self._files.items()}
+
+    def publish(self) -> None:
+        """Give the directory its name, in the place of one that was there."""
+        _sync(self.directory)
+        remove_replaced(self._final)
+        if self._final.exists():
+            self._final.rename(_replaced(self._final))
+        self.directory.rename(self._final)
+        _sync(self._final.parent)
+        remove_replaced(self._final)
+
+    def _lock(self) -> None:
+        self._held = os.open(self.directory, os.O_RDONLY)
+        try:
+            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{self.directory}: another conversion is at work there; wait for it") from error
+
+    def _left(self) -> dict[str, Any]:
+        """Files of an interrupted conversion of the same, in full length."""
+        found = read_journal(self.directory)
+        if found is None or found["identity"] != self._identity:
+            return {}
+        there = {path.name: path.stat().st_size for path in self.directory.iterdir()}
+        return {name: file for name, file in found["files"].items() if there.get(name) == file["entry"]["size"]}
+
+
+def remove_replaced(final: Path) -> None:
+    """Remove the directory whose place another one took, also when that was killed before it could."""
+    shutil.rmtree(_replaced(final), ignore_errors=True)
+
+
+def _replaced(final: Path) -> Path:
+    return final.with_name(f".replaced-{final.name}")
+
+
+def read_journal(directory: Path) -> dict[str, Any] | None:
+    """What a directory was converted from, and its files; None where it is not one of ours."""
+    try:
+        found = json.loads((directory / JOURNAL).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    known = isinstance(found, dict) and isinstance(found.get("files"), dict) and "identity" in found
+    return found if known else None
+
+
+def _sync(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
