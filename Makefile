@@ -23,6 +23,7 @@ $(READY): pyproject.toml
 pretrain: $(READY)
 	$(BIN)/nano-pretrain prepare recipe=$(RECIPE)
 	$(BIN)/nano-pretrain launch recipe=$(RECIPE)
+	$(BIN)/nano-pretrain export recipe=$(RECIPE)
 
 test: $(READY)
 	$(BIN)/pytest -m 'not full and not gpu'
@@ -51,6 +52,7 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.scan
 	$(BIN)/python -m benchmarks.fp8
 	$(BIN)/python -m benchmarks.order
+	$(BIN)/python -m benchmarks.convert
 	$(BIN)/nano-pretrain prepare recipe=tiny
 	$(BIN)/python -m benchmarks.loader
 

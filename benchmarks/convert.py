@@ -65,17 +65,20 @@ def write_random(recipe: Recipe, directory: Path) -> dict[str, str]:
 
 def drop(directory: Path) -> None:
     """Drop the files of a directory from the page cache."""
-    for path in directory.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as stream:
-                os.fsync(stream.fileno())
-                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    for path in _files(directory):
+        with path.open("rb") as stream:
+            os.fsync(stream.fileno())
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _files(directory: Path) -> list[Path]:
+    return [path for path in directory.rglob("*") if path.is_file()]
 
 
 def copy(source: Path, target: Path) -> None:
     """A plain copy that is on the disk when it ends, as a conversion is."""
     shutil.copytree(source, target)
-    for path in target.rglob("*"):
+    for path in _files(target):
         with path.open("rb") as stream:
             os.fsync(stream.fileno())
 

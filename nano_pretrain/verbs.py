@@ -128,17 +128,19 @@ def generate(recipe: Recipe, overrides: list[str]) -> int:
 
 
 def evaluate(recipe: Recipe, overrides: list[str]) -> int:
-    """Retrieval and loss by position of a checkpoint."""
+    """Retrieval, loss by position and tasks of lm-evaluation-harness, of a checkpoint."""
     directory = run_directory(recipe)
     trained = recorded_recipe(directory)
+    from nano_pretrain.checkpoint.files import append_line
     from nano_pretrain.evaluate.checkpoint import evaluate_checkpoint, show
-    from nano_pretrain.evaluate.length import append_lines
     from nano_pretrain.plan.tables import new_console
 
-    lines = evaluate_checkpoint(trained, recipe.evaluate, directory)
-    show(lines, new_console())
+    found = evaluate_checkpoint(trained, recipe.evaluate, directory)
+    show(found, new_console())
     try:
-        append_lines(directory, lines)
+        for name, lines in found.items():
+            for line in lines:
+                append_line(directory / name, line)
     except OSError as error:
         raise UserError(
             f"run.dir: cannot write {error.filename} ({error.strerror}); the tables above are not kept"
@@ -167,7 +169,13 @@ def import_(recipe: Recipe, overrides: list[str]) -> int:
     if recipe.hf.path is None:
         raise RecipeError("hf.path", "is not given", "write hf.path=DIRECTORY of the checkpoint")
     source = Path(recipe.hf.path)
-    recipe.model = replace(recipe.model, **model_from_config(read_config(source)))
+    model = model_from_config(read_config(source))
+    # How first weights are drawn stays the recipe's: these are not.
+    model.pop("init_std", None)
+    for name, value in model.items():
+        if getattr(recipe.model, name) != value and any(part.startswith(f"model.{name}=") for part in overrides):
+            raise RecipeError(f"model.{name}", f"the checkpoint's is {value}", "leave it out")
+    recipe.model = replace(recipe.model, **model)
     check(recipe)
     from nano_pretrain.convert.importing import import_checkpoint
     from nano_pretrain.plan.tables import new_console

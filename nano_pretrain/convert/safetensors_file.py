@@ -10,9 +10,12 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate, chain, pairwise
 from pathlib import Path
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -21,7 +24,11 @@ from nano_pretrain.checkpoint.checksum import Checksum
 from nano_pretrain.checkpoint.manifest import FileEntry
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+AHEAD = 2
+"""Blocks that are read while one is written."""
 _ALIGNMENT = 8
+
+T = TypeVar("T")
 
 Stored = tuple[str, tuple[int, ...], torch.dtype]
 """Name, shape and dtype of a tensor in a file."""
@@ -49,7 +56,7 @@ def write_safetensors(
     """
     checksum, header = Checksum(), _header(tensors)
     with path.open("wb", buffering=0) as stream:
-        for view in chain([memoryview(header)], _views(tensors, blocks, done)):
+        for view in chain([memoryview(header)], _ahead(_views(tensors, blocks, done))):
             checksum.update(view)
             _write(stream.fileno(), view)
         os.fsync(stream.fileno())
@@ -63,6 +70,16 @@ def _views(
         for block in blocks(tensor):
             yield block.view(-1).view(torch.uint8).numpy().data
             done(block.nbytes)
+
+
+def _ahead(items: Iterator[T]) -> Iterator[T]:
+    """Items that a thread makes while those before them are used: reading and writing take a core each."""
+    end = object()
+    with ThreadPoolExecutor(1) as pool:
+        made = deque(pool.submit(next, items, end) for _ in range(AHEAD))
+        while (item := made.popleft().result()) is not end:
+            made.append(pool.submit(next, items, end))
+            yield cast(T, item)
 
 
 def _header(tensors: Sequence[Stored]) -> bytes:

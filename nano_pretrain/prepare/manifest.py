@@ -35,7 +35,11 @@ are checked."""
 def settings(recipe: Recipe, corpus: CorpusFile) -> dict[str, Any]:
     """All that the shards depend on, by the name under which the user can change it."""
     data = recipe.data
-    trained = {"data.tokenizer.train_bytes": data.tokenizer.train_bytes} if data.tokenizer.kind == "bpe" else {}
+    own: dict[str, Any] = {}
+    if data.tokenizer.kind == "bpe":
+        own["data.tokenizer.train_bytes"] = data.tokenizer.train_bytes
+    elif data.tokenizer.kind == "file":
+        own["data.tokenizer.file"] = f"contents {_contents(str(data.tokenizer.file))}"
     asked = {"data.long_qa.writer": data.long_qa.writer} if corpus.derived else {}
     if asked and data.long_qa.writer == "openai":
         asked["data.long_qa.model"] = str(data.long_qa.model)
@@ -44,11 +48,18 @@ def settings(recipe: Recipe, corpus: CorpusFile) -> dict[str, Any]:
         "data.max_bytes_per_source": data.max_bytes_per_source,
         "data.heldout_share": data.heldout_share,
         "data.tokenizer.kind": data.tokenizer.kind,
-        **trained,
+        **own,
         **asked,
         "model.vocab_size": recipe.model.vocab_size,
         "the version of prepare": PIPELINE_VERSION,
     }
+
+
+def _contents(tokenizer_file: str) -> str:
+    try:
+        return file_sha256(Path(tokenizer_file))[:16]
+    except OSError as error:
+        raise UserError(f"data.tokenizer.file: {tokenizer_file} cannot be read ({error.strerror})") from error
 
 
 ADDABLE = frozenset({"data.corpus", "data.max_bytes_per_source", "data.heldout_share"})

@@ -40,7 +40,7 @@ from nano_pretrain.prepare.manifest import (
 from nano_pretrain.prepare.report import REPORT_NAME, report_text, summary_table
 from nano_pretrain.prepare.select import Selection, drop_near_duplicates, select
 from nano_pretrain.prepare.tekken import load_tekken
-from nano_pretrain.prepare.tokenizer import train_bpe
+from nano_pretrain.prepare.tokenizer import load_tokenizer, train_bpe
 from nano_pretrain.prepare.workspace import annex, move_in, workspace
 from nano_pretrain.recipe.errors import RecipeError
 from nano_pretrain.recipe.load import tree
@@ -187,6 +187,8 @@ class _Builder:
         task = self._progress.add_task("making the tokenizer", total=1)
         if data.tokenizer.kind == "tekken":
             tokenizer = load_tekken(wheels["mistral-common"])
+        elif data.tokenizer.kind == "file":
+            tokenizer = load_tokenizer(Path(str(data.tokenizer.file)), self._recipe.model.vocab_size)
         else:
             training = {name: selection.train for name, selection in selections.items()}
             tokenizer = train_bpe(training, self._recipe.model.vocab_size, data.tokenizer.train_bytes)

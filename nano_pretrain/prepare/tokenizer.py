@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from nano_pretrain.prepare.documents import Document
-from nano_pretrain.recipe.errors import RecipeError
+from nano_pretrain.recipe.errors import RecipeError, UserError
 
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")
 EOD_ID = SPECIAL_TOKENS.index("</s>")
@@ -59,6 +60,34 @@ def train_bpe(training: Mapping[str, Sequence[Document]], vocab_size: int, train
         raise RecipeError(
             "model.vocab_size", f"the corpus has words for {entries} entries only", f"use {entries} or fewer"
         )
+    return tokenizer
+
+
+def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
+    """A tokenizer that was made elsewhere, for example with a model that is imported.
+
+    Args:
+        path: its tokenizer.json.
+        vocab_size: entries of the model.
+
+    Raises:
+        UserError: it cannot be read, is not byte-level, ends documents by another token, or has more entries.
+    """
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # The library raises no other class.
+        raise UserError(f"data.tokenizer.file: {path} is no tokenizer.json ({error})") from error
+    end, entries = SPECIAL_TOKENS[EOD_ID], tokenizer.get_vocab_size()
+    if tokenizer.token_to_id(end) != EOD_ID:
+        raise UserError(f"data.tokenizer.file: {path} has no {end} as entry {EOD_ID}; choose another tokenizer")
+    if entries > vocab_size:
+        raise RecipeError("model.vocab_size", f"the tokenizer has {entries} entries", f"write {entries}")
+    if not isinstance(tokenizer.decoder, decoders.ByteLevel):
+        raise UserError(f"data.tokenizer.file: {path} is not byte-level; choose another tokenizer")
+    # Documents are their text and the end: nothing is put before them, cut off or filled up.
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     return tokenizer
 
 

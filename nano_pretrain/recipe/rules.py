@@ -26,7 +26,7 @@ POSITIVE = frozenset({
     "global_batch_size", "gpus", "train_bytes", "max_bytes_per_source", "max_epochs", "quota_window",
     "tokens_per_source", "keep", "timeout_seconds", "threads_per_rank", "peak_tflops", "max_new_tokens",
     "grace_seconds", "share", "storage_gigabytes_per_second", "checkpoint",
-    "bucket_size", "concurrency", "examples", "extend_to", "file_gigabytes",
+    "bucket_size", "concurrency", "examples", "extend_to", "file_gigabytes", "harness_limit",
 })  # fmt: skip
 """Last names of the fields that must be above 0."""
 
@@ -70,7 +70,7 @@ CHOICES = {
     "precision.name": ("fp32", "bf16", "fp8_blockwise", "fp8_current_scaling"),
     "recompute.granularity": ("none", "selective", "full"),
     "data.document_boundaries": ("ignore", "reset"),
-    "data.tokenizer.kind": ("bpe", "tekken"),
+    "data.tokenizer.kind": ("bpe", "tekken", "file"),
     "data.long_qa.writer": ("extractive", "openai"),
     "log.wandb": ("offline", "online", "disabled"),
     "launch.kind": ("local",),
@@ -162,6 +162,8 @@ def data_settings(recipe: Recipe) -> None:
             f"Tekken has {TEKKEN_VOCAB_SIZE} entries, not {vocab_size}",
             f"write model.vocab_size={TEKKEN_VOCAB_SIZE}",
         )
+    if recipe.data.tokenizer.kind == "file" and recipe.data.tokenizer.file is None:
+        raise RecipeError("data.tokenizer.file", "is not given", "write data.tokenizer.file=PATH of a tokenizer.json")
     if not 0 < share < 0.5:
         raise RecipeError("data.heldout_share", f"{share} is outside (0, 0.5)", "write for example 0.01")
 

@@ -1,4 +1,4 @@
-"""Rules of the evaluation for length."""
+"""Rules of the evaluation for length and by tasks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def evaluation(recipe: Recipe) -> None:
     for length in options.lengths:
         if not 1 <= length <= LONGEST:
             raise RecipeError("evaluate.lengths", f"{length} is no length", f"write tokens, 1 to {LONGEST}")
-    for name in ("tasks", "lengths"):
+    for name in ("tasks", "lengths", "harness_tasks"):
         values = getattr(options, name)
         if len(set(values)) < len(values):
             raise RecipeError(f"evaluate.{name}", "names one twice", "write each once")
@@ -34,7 +34,8 @@ def lengths_at_stage_ends(recipe: Recipe) -> None:
     Raises:
         RecipeError: a stage has them, and is to be evaluated at its end.
     """
-    if not (recipe.evaluate.lengths and recipe.evaluate.at_stage_end):
+    options = recipe.evaluate
+    if not ((options.lengths or options.harness_tasks) and options.at_stage_end):
         return
     for name, stage in recipe.stages.items():
         for field in ("cuda_graphs", "tensor_overlap"):

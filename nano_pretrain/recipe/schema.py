@@ -177,7 +177,12 @@ class StageConfig:
 class TokenizerConfig:
     """Where token ids come from."""
 
-    kind: str = option("bpe", "bpe: trained by `prepare` on the corpus | tekken: the 131,072-entry Tekken.", FIXED)
+    kind: str = option(
+        "bpe",
+        "bpe: trained by `prepare` on the corpus | tekken: the 131,072-entry Tekken | file: the one in `file`.",
+        FIXED,
+    )
+    file: Optional[str] = option(None, "A byte-level tokenizer.json, for example of a model that is imported.")
     train_bytes: int = option(8_000_000, "Bytes of corpus text a bpe tokenizer is trained on.", FIXED)
 
 
@@ -308,7 +313,7 @@ class GenerateConfig:
 
 @dataclass
 class EvaluateConfig:
-    """Evaluation for length: retrieval tasks after RULER, and held-out loss by position."""
+    """Evaluation for length: retrieval tasks after RULER, and held-out loss by position; lm-evaluation-harness."""
 
     lengths: list[int] = option(list, "Tokens of a prompt, and of a sample of the loss by position; [] for neither.")
     tasks: list[str] = option(
@@ -316,6 +321,11 @@ class EvaluateConfig:
     )
     examples: int = option(32, "Prompts of a task at a length, and samples of the loss by position.")
     seed: int = option(0, "Seed of the prompts.")
+    harness_tasks: list[str] = option(
+        list, "Tasks of lm-evaluation-harness, which the extra `eval` installs, for example [arc_easy]; [] for none."
+    )
+    harness_path: Optional[str] = option(None, "Directory of further tasks, as YAML files; null: those of the package.")
+    harness_limit: Optional[int] = option(None, "Examples of a task of the harness, at most; null takes all.")
     at_stage_end: bool = option(True, "Evaluate at the end of each stage, too; the verb `evaluate` takes a checkpoint.")
     checkpoint: Optional[int] = option(None, "Consumed tokens of the checkpoint; null means the newest whole one.")
 
@@ -370,7 +380,7 @@ class Recipe:
     launch: LaunchConfig = option(LaunchConfig, "Launcher.")
     run: RunConfig = option(RunConfig, "Identity.")
     generate: GenerateConfig = option(GenerateConfig, "Generation.")
-    evaluate: EvaluateConfig = option(EvaluateConfig, "Evaluation for length.")
+    evaluate: EvaluateConfig = option(EvaluateConfig, "Evaluation for length, and by tasks.")
     hf: HfConfig = option(HfConfig, "Hugging Face checkpoints.")
     plan: PlanConfig = option(PlanConfig, "Planning.")
     stand_ins: dict[str, str] = option(

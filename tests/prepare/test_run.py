@@ -181,6 +181,19 @@ def test_a_vocabulary_that_cannot_be_is_refused(tmp_path: Path, kind: str, vocab
     assert sorted(file.name for file in tmp_path.iterdir()) == ["corpus.yaml", "packages"]
 
 
+def test_a_corpus_takes_the_tokenizer_of_a_file(prepared: Path, tmp_path: Path) -> None:
+    recipe = small_recipe(tmp_path)
+    recipe.data.tokenizer.kind = "file"
+    with pytest.raises(RecipeError, match=r"^data\.tokenizer\.file: "):
+        prepare(recipe)
+    recipe.data.tokenizer.file = str(prepared / "prepared" / "tokenizer.json")
+    prepare(recipe)
+    before, now = open_corpus(prepared / "prepared"), open_corpus(tmp_path / "prepared")
+    assert now.train.keys() == before.train.keys()
+    for name, stream in before.train.items():
+        assert now.train[name].read(0, stream.tokens).tolist() == stream.read(0, stream.tokens).tolist()
+
+
 def test_a_changed_byte_is_found_at_reuse(copied: Path) -> None:
     shard = copied / "prepared/train/notes-00000.bin"
     raw = bytearray(shard.read_bytes())

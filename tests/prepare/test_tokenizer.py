@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models, processors
 
 from nano_pretrain.data.shards import TokenShard, TokenStream
 from nano_pretrain.prepare.documents import Document
 from nano_pretrain.prepare.encode import write_shards
-from nano_pretrain.prepare.tokenizer import EOD_ID, SPECIAL_TOKENS, even_shares, spread, train_bpe
+from nano_pretrain.prepare.tokenizer import EOD_ID, SPECIAL_TOKENS, even_shares, load_tokenizer, spread, train_bpe
+from nano_pretrain.recipe.errors import RecipeError, UserError
 from tests.prepare.small_corpus import prose
 
 VOCAB_SIZE = 500
@@ -90,3 +91,34 @@ def test_shards_are_closed_at_their_size(tokenizer: Tokenizer, tmp_path: Path) -
 def test_a_split_without_documents_is_an_empty_shard(tokenizer: Tokenizer, tmp_path: Path) -> None:
     (pair,) = write_shards(tokenizer, [], tmp_path / "s", done=lambda _: None).pairs
     assert (pair.documents, TokenShard(tmp_path / "s-00000").tokens) == (0, 0)
+
+
+def written(tokenizer: Tokenizer, path: Path) -> Path:
+    tokenizer.save(str(path))
+    return path
+
+
+def test_a_tokenizer_of_a_model_adds_nothing_and_cuts_nothing(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    theirs = Tokenizer.from_str(tokenizer.to_str())
+    theirs.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A $B", [("<s>", 1)])
+    theirs.enable_truncation(3)
+    theirs.enable_padding(length=3)
+    text = "In 1234: </s> and on"
+    assert theirs.encode(text).ids[0] == 1
+    loaded = load_tokenizer(written(theirs, tmp_path / "tokenizer.json"), VOCAB_SIZE)
+    loaded.encode_special_tokens = True
+    assert loaded.encode(text).ids == tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused_by_field(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "no.json").write_text("{}")
+    with pytest.raises(UserError, match=r"^data\.tokenizer\.file: .*no\.json is no tokenizer\.json"):
+        load_tokenizer(tmp_path / "no.json", VOCAB_SIZE)
+    with pytest.raises(RecipeError, match=f"the tokenizer has {VOCAB_SIZE} entries"):
+        load_tokenizer(written(tokenizer, tmp_path / "large.json"), VOCAB_SIZE - 1)
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2}, "<unk>"))
+    with pytest.raises(UserError, match="is not byte-level"):
+        load_tokenizer(written(words, tmp_path / "words.json"), VOCAB_SIZE)
+    words = Tokenizer(models.WordLevel({"</s>": 0}, "</s>"))
+    with pytest.raises(UserError, match="has no </s> as entry 2"):
+        load_tokenizer(written(words, tmp_path / "other.json"), VOCAB_SIZE)
