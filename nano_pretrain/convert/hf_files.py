@@ -95,16 +95,16 @@ class HfReader:
             raise UserError(f"{path}: truncated or no safetensors file ({error}); fetch it again") from error
         for stored in opened.keys():  # noqa: SIM118 - it is no mapping
             entry = opened.get_slice(stored)
-            name = _canonical(stored)
+            name = canonical(stored)
             self._places[name] = (file, stored)
             self.shapes[name] = tuple(entry.get_shape())
             self._dtypes[name] = _dtype(path, stored, entry.get_dtype())
-        missing = [name for name, place in weight_map.items() if place == file and _canonical(name) not in self.shapes]
+        missing = [name for name, place in weight_map.items() if place == file and canonical(name) not in self.shapes]
         if missing:
             raise UserError(f"{path}: has no tensor {missing[0]}, which the index says it has; fetch it again")
 
 
-def _canonical(name: str) -> str:
+def canonical(name: str) -> str:
     """A tensor's name in the table: transformers >= 5 may save `backbone.` as `model.`."""
     return PREFIX + name.removeprefix(PREFIX_IN_TRANSFORMERS) if name.startswith(PREFIX_IN_TRANSFORMERS) else name
 

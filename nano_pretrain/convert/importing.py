@@ -9,18 +9,20 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from tokenizers import Tokenizer
 
 from nano_pretrain.checkpoint.files import write_whole
 from nano_pretrain.checkpoint.manifest import Manifest, all_checkpoints, checkpoints_directory, file_entries
 from nano_pretrain.checkpoint.sharded import VERSIONS
 from nano_pretrain.convert.hf_files import HfReader
 from nano_pretrain.convert.names import Target, hf_tensors, native_tensors, shape_text
-from nano_pretrain.convert.native import open_checkpoint
+from nano_pretrain.convert.native import NativeReader
 from nano_pretrain.convert.native_writer import NativeWriter
 from nano_pretrain.convert.progress import timed_bar
 from nano_pretrain.convert.sides import Sides
 from nano_pretrain.convert.verify import prepare_transformers, verify
 from nano_pretrain.convert.work import JOURNAL, Work
+from nano_pretrain.data.shards import TOKENIZER_NAME
 from nano_pretrain.recipe.errors import UserError
 from nano_pretrain.recipe.load import to_yaml
 from nano_pretrain.recipe.schema import HfConfig, ModelConfig, Recipe
@@ -69,11 +71,24 @@ def import_checkpoint(recipe: Recipe, options: HfConfig, source: Path, run_dir: 
     versions = {name: version(name) for name in VERSIONS}
     Manifest(0, 0, {}, versions, "", {**work.entries(), **others}, weights_only=True).write(work.directory)
     if options.verify:
-        native = open_checkpoint(work.directory, recipe.model)
+        # What is read is compared bit for bit, which is more than checksums say.
+        native = NativeReader(work.directory, before_reading=lambda _: None)
         verify(Sides(recipe, reader, native, work.directory, exported=False), console)
     # Whoever starts from that file means the run, not the import.
     write_whole(run_dir / "recipe.yaml", to_yaml(replace(recipe, hf=HfConfig())))
     work.publish()
+    _compare_tokenizers(source, Path(recipe.data.path), console)
+    console.print(f"{run_dir}: imported {source}; to train it: nano-pretrain launch recipe={run_dir / 'recipe.yaml'}")
+
+
+def _compare_tokenizers(source: Path, corpus: Path, console: Console) -> None:
+    """Say so where the corpus has another tokenizer than the model."""
+    files = source / TOKENIZER_NAME, corpus / TOKENIZER_NAME
+    if all(file.is_file() for file in files):
+        theirs, ours = (Tokenizer.from_file(str(file)).get_vocab() for file in files)
+        if theirs != ours:
+            fix = f"data.tokenizer.kind=file data.tokenizer.file={files[0]}"
+            console.print(f"data.path: {corpus} was tokenised for another model; prepare one with {fix}")
 
 
 def _identity(reader: HfReader, options: HfConfig) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from nano_pretrain.convert.names import Target, hf_tensors
 from nano_pretrain.convert.native import MAIN_WEIGHTS, NativeReader
 from nano_pretrain.evaluate.generate import ALONE
 from nano_pretrain.parallel.groups import Ranks, process_groups
-from nano_pretrain.platform import current_platform
+from nano_pretrain.platform import Platform, current_platform
 from nano_pretrain.recipe.errors import RunError
 from nano_pretrain.recipe.schema import ModelConfig, PrecisionConfig, Recipe
 
@@ -74,6 +74,15 @@ class Sides:
             yield start, block
             start += len(block)
 
+    def check(self, target: Target) -> None:
+        """Compare a tensor as it is stored.
+
+        Raises:
+            RunError: a bit differs.
+        """
+        for _ in self.agreeing(target, self.hf):
+            pass
+
     def fill(self, shards: Mapping[str, Any], here: str = "", there: str = "") -> None:
         """Give parameters the values that were converted.
 
@@ -101,7 +110,10 @@ class Sides:
         # convert/config.py says why.
         unclamped = {} if self.exported else {"time_step_min": 0.0}
         with loading(self.hf.directory):
-            return NemotronHConfig.from_pretrained(self.hf.directory, local_files_only=True, **unclamped)
+            # Its other attention is causal only if it is given a mask, which a layer by itself is not.
+            return NemotronHConfig.from_pretrained(
+                self.hf.directory, local_files_only=True, attn_implementation="sdpa", **unclamped
+            )
 
     def _exact(self, name: str) -> str:
         """The FP32 weight that a weight of the model was rounded from, where the checkpoint has it."""
@@ -146,21 +158,27 @@ def _check_bits(name: str, start: int, theirs: Tensor, ours: Tensor) -> None:
 
 
 @contextmanager
-def our_model(recipe: Recipe, model: ModelConfig, longest: int) -> Iterator[Any]:
-    """A model in FP32 on one rank, with the process groups of that rank; its weights are still to be filled.
+def alone(recipe: Recipe) -> Iterator[Platform]:
+    """The platform of one rank with its process groups, for models that are not trained."""
+    platform = current_platform()
+    platform.prepare(0, recipe.cluster.threads_per_rank, recipe.cluster.cpu_kernels)
+    with process_groups(platform, Ranks(0, 1, 0), ALONE, recipe.cluster.timeout_seconds), torch.no_grad():
+        yield platform
+
+
+def our_model(recipe: Recipe, platform: Platform, longest: int, **model: Any) -> Any:
+    """A model in FP32 with initial weights, within `alone`.
 
     Args:
         recipe: of the run.
-        model: its shapes, or others.
+        platform: that of `alone`.
         longest: most tokens of a sequence.
+        **model: fields of the model that differ from the recipe's.
     """
-    platform = current_platform()
-    platform.prepare(0, recipe.cluster.threads_per_rank, recipe.cluster.cpu_kernels)
     from nano_pretrain.model.hybrid import build_model
 
-    exact = replace(recipe, model=model, precision=PrecisionConfig(name="fp32"))
-    with process_groups(platform, Ranks(0, 1, 0), ALONE, recipe.cluster.timeout_seconds), torch.no_grad():
-        yield build_model(exact, ALONE, platform, longest).eval()
+    exact = replace(recipe, model=replace(recipe.model, **model), precision=PrecisionConfig(name="fp32"))
+    return build_model(exact, ALONE, platform, longest).eval()
 
 
 def shards(model: Any) -> dict[str, Any]:
