@@ -154,10 +154,9 @@ def export(recipe: Recipe, overrides: list[str]) -> int:
     trained = recorded_recipe(directory)
     from nano_pretrain.checkpoint.manifest import whole_checkpoint
     from nano_pretrain.convert.export import export as export_checkpoint
-    from nano_pretrain.plan.tables import new_console
 
     checkpoint = whole_checkpoint(directory, recipe.hf.checkpoint, "hf.checkpoint")
-    export_checkpoint(trained, recipe.hf, directory, checkpoint, new_console())
+    export_checkpoint(trained, recipe.hf, directory, checkpoint)
     return EXIT_DONE
 
 
@@ -178,9 +177,8 @@ def import_(recipe: Recipe, overrides: list[str]) -> int:
     recipe.model = replace(recipe.model, **model)
     check(recipe)
     from nano_pretrain.convert.importing import import_checkpoint
-    from nano_pretrain.plan.tables import new_console
 
-    import_checkpoint(recipe, recipe.hf, source, run_directory(recipe), new_console())
+    import_checkpoint(recipe, recipe.hf, source, run_directory(recipe))
     return EXIT_DONE
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from nano_pretrain.checkpoint.checksum import file_checksum
@@ -32,7 +31,7 @@ FORMAT = 1
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def export(recipe: Recipe, options: HfConfig, run_dir: Path, checkpoint: Path, console: Console) -> None:
+def export(recipe: Recipe, options: HfConfig, run_dir: Path, checkpoint: Path) -> None:
     """Write a checkpoint as a Hugging Face model.
 
     It is written beside its place, verified and then renamed; an interrupted one goes on with the next file.
@@ -42,7 +41,6 @@ def export(recipe: Recipe, options: HfConfig, run_dir: Path, checkpoint: Path, c
         options: where to, in which dtype, in files of which size.
         run_dir: directory of the run.
         checkpoint: one of its whole checkpoints.
-        console: for what it says.
 
     Raises:
         UserError: the checkpoint is damaged or of another model, or the directory holds something else.
@@ -52,7 +50,7 @@ def export(recipe: Recipe, options: HfConfig, run_dir: Path, checkpoint: Path, c
     identity = _identity(options, checkpoint)
     if _is_there(final, identity):
         remove_replaced(final)
-        console.print(f"{final}: already exported, nothing to do")
+        print(f"{final}: already exported, nothing to do")
         return
     if options.verify:
         prepare_transformers()
@@ -62,14 +60,14 @@ def export(recipe: Recipe, options: HfConfig, run_dir: Path, checkpoint: Path, c
         [_stored(target, reader, options.dtype) for target in hf_tensors(recipe.model)], options.file_gigabytes
     )
     if work.kept:
-        console.print(f"{work.directory}: {work.kept} of {len(files)} files are whole, going on with the next")
-    _write_weights(recipe, work, files, reader, console)
+        print(f"{work.directory}: {work.kept} of {len(files)} files are whole, going on with the next")
+    _write_weights(recipe, work, files, reader)
     embedding = next(iter(files.values()))[0]
     write_beside(work.directory, recipe, run_dir, int(checkpoint.name), str(embedding[2]).removeprefix("torch."))
     if options.verify:
-        verify(Sides(recipe, HfReader(work.directory), reader, checkpoint, exported=True), console)
+        verify(Sides(recipe, HfReader(work.directory), reader, checkpoint, exported=True))
     work.publish()
-    console.print(f"{final}: exported {checkpoint} as {options.dtype}")
+    print(f"{final}: exported {checkpoint} as {options.dtype}")
 
 
 def _identity(options: HfConfig, checkpoint: Path) -> dict[str, Any]:
@@ -118,9 +116,7 @@ def divided(tensors: Sequence[Stored], file_gigabytes: float) -> dict[str, list[
     return {f"model-{n:05}-of-{len(groups):05}.safetensors": group for n, group in enumerate(groups, 1)}
 
 
-def _write_weights(
-    recipe: Recipe, work: Work, files: Mapping[str, list[Stored]], source: Source, console: Console
-) -> None:
+def _write_weights(recipe: Recipe, work: Work, files: Mapping[str, list[Stored]], source: Source) -> None:
     targets = {target.name: target for target in hf_tensors(recipe.model)}
 
     def rows(tensor: Stored) -> Iterator[Tensor]:
@@ -129,7 +125,7 @@ def _write_weights(
 
     left = {name: tensors for name, tensors in files.items() if not work.has(name)}
     size = sum(stored_bytes(tensor) for tensors in left.values() for tensor in tensors)
-    with timed_bar("exporting", size, console) as done:
+    with timed_bar("exporting", size) as done:
         for name, tensors in left.items():
             work.add(name, write_safetensors(work.directory / name, tensors, rows, done))
     if len(files) > 1:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from tokenizers import Tokenizer
 
 from nano_pretrain.checkpoint.files import write_whole
@@ -33,7 +32,7 @@ FORMAT = 1
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def import_checkpoint(recipe: Recipe, options: HfConfig, source: Path, run_dir: Path, console: Console) -> None:
+def import_checkpoint(recipe: Recipe, options: HfConfig, source: Path, run_dir: Path) -> None:
     """Write a Hugging Face checkpoint as the one with which a run begins, at 0 tokens, and the run's recipe.yaml.
 
     It is written beside its place, verified and then renamed; an interrupted one goes on with the next file.
@@ -43,7 +42,6 @@ def import_checkpoint(recipe: Recipe, options: HfConfig, source: Path, run_dir: 
         options: in which dtype its tensors are kept.
         source: directory of the checkpoint.
         run_dir: directory of the run.
-        console: for what it says.
 
     Raises:
         UserError: the checkpoint is damaged or of another model, or the run has begun.
@@ -63,8 +61,8 @@ def import_checkpoint(recipe: Recipe, options: HfConfig, source: Path, run_dir: 
     writer = NativeWriter(work.directory, native_tensors(recipe.model), dtype)
     left = {name: size for name, size in writer.files.items() if not work.has(name)}
     if work.kept:
-        console.print(f"{work.directory}: {work.kept} of {len(writer.files)} files are whole, going on with the next")
-    with timed_bar("importing", sum(left.values()), console) as done:
+        print(f"{work.directory}: {work.kept} of {len(writer.files)} files are whole, going on with the next")
+    with timed_bar("importing", sum(left.values())) as done:
         for name in left:
             work.add(name, *writer.write(name, reader, done))
     others = file_entries(work.directory, [*writer.finish(work.rest), JOURNAL])
@@ -73,22 +71,22 @@ def import_checkpoint(recipe: Recipe, options: HfConfig, source: Path, run_dir: 
     if options.verify:
         # What is read is compared bit for bit, which is more than checksums say.
         native = NativeReader(work.directory, before_reading=lambda _: None)
-        verify(Sides(recipe, reader, native, work.directory, exported=False), console)
+        verify(Sides(recipe, reader, native, work.directory, exported=False))
     # Whoever starts from that file means the run, not the import.
     write_whole(run_dir / "recipe.yaml", to_yaml(replace(recipe, hf=HfConfig())))
     work.publish()
-    _compare_tokenizers(source, Path(recipe.data.path), console)
-    console.print(f"{run_dir}: imported {source}; to train it: nano-pretrain launch recipe={run_dir / 'recipe.yaml'}")
+    _compare_tokenizers(source, Path(recipe.data.path))
+    print(f"{run_dir}: imported {source}; to train it: nano-pretrain launch recipe={run_dir / 'recipe.yaml'}")
 
 
-def _compare_tokenizers(source: Path, corpus: Path, console: Console) -> None:
+def _compare_tokenizers(source: Path, corpus: Path) -> None:
     """Say so where the corpus has another tokenizer than the model."""
     files = source / TOKENIZER_NAME, corpus / TOKENIZER_NAME
     if all(file.is_file() for file in files):
         theirs, ours = (Tokenizer.from_file(str(file)).get_vocab() for file in files)
         if theirs != ours:
             fix = f"data.tokenizer.kind=file data.tokenizer.file={files[0]}"
-            console.print(f"data.path: {corpus} was tokenised for another model; prepare one with {fix}")
+            print(f"data.path: {corpus} was tokenised for another model; prepare one with {fix}")
 
 
 def _identity(reader: HfReader, options: HfConfig) -> dict[str, Any]:

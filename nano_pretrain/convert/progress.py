@@ -12,13 +12,12 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 
 @contextmanager
-def timed_bar(text: str, total: int, console: Console) -> Iterator[Callable[[int], None]]:
+def timed_bar(text: str, total: int) -> Iterator[Callable[[int], None]]:
     """Gives what takes the bytes that are done since it was called last; says at the end how fast they were.
 
     Args:
         text: what is done.
         total: bytes in all.
-        console: for what is said at the end.
     """
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     began = time.perf_counter()
@@ -26,4 +25,4 @@ def timed_bar(text: str, total: int, console: Console) -> Iterator[Callable[[int
         task = progress.add_task(text, total=total)
         yield lambda done: progress.advance(task, done)
     seconds = time.perf_counter() - began
-    console.print(f"{text}: {total / 1e9:,.2f} GB in {seconds:,.1f} s, {total / 1e9 / max(seconds, 1e-9):.2f} GB/s")
+    print(f"{text}: {total / 1e9:,.2f} GB in {seconds:,.1f} s, {total / 1e9 / max(seconds, 1e-9):.2f} GB/s")

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import psutil
 import torch
-from rich.console import Console
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -66,12 +65,11 @@ def prepare_transformers() -> None:
     logging.disable_progress_bar()
 
 
-def verify(sides: Sides, console: Console) -> None:
+def verify(sides: Sides) -> None:
     """Compare a conversion, before it is published, with transformers' own model; says in a line what was found.
 
     Args:
         sides: the conversion.
-        console: for the line.
 
     Raises:
         RunError: a weight, a layer or the logits differ; the message names the first.
@@ -80,7 +78,7 @@ def verify(sides: Sides, console: Console) -> None:
     began, bound = time.perf_counter(), BOUND[current_platform().name]
     found = _whole(sides, bound) if _has_room(sides.recipe) else _by_layers(sides, bound)
     seconds, count = time.perf_counter() - began, len(hf_tensors(sides.model))
-    console.print(f"verified in {seconds:,.1f} s with transformers {version('transformers')}: {count} tensors {found}")
+    print(f"verified in {seconds:,.1f} s with transformers {version('transformers')}: {count} tensors {found}")
 
 
 def _whole(sides: Sides, bound: float) -> str:

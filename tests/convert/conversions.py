@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -22,11 +20,6 @@ from nano_pretrain.platform import current_platform
 from nano_pretrain.recipe.schema import HfConfig, ModelConfig, Recipe
 
 TOKENS = 64
-
-
-def quiet() -> Console:
-    """A console nobody sees."""
-    return Console(file=io.StringIO())
 
 
 def saved(model: Any, run_dir: Path, optimizer: Any = None) -> Path:
@@ -45,13 +38,13 @@ def saved(model: Any, run_dir: Path, optimizer: Any = None) -> Path:
 def exported(recipe: Recipe, checkpoint: Path, to: Path, **options: Any) -> Path:
     """The directory of its export, unverified."""
     asked = HfConfig(**{"path": str(to), "dtype": "fp32", "verify": False, **options})
-    export(recipe, asked, checkpoint.parent.parent, checkpoint, quiet())
+    export(recipe, asked, checkpoint.parent.parent, checkpoint)
     return to
 
 
 def imported(recipe: Recipe, source: Path, run_dir: Path, **options: Any) -> Path:
     """The checkpoint of its import, unverified."""
-    import_checkpoint(recipe, HfConfig(**{"verify": False, **options}), source, run_dir, quiet())
+    import_checkpoint(recipe, HfConfig(**{"verify": False, **options}), source, run_dir)
     return run_dir / "checkpoints" / "0"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 import socket
@@ -13,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -32,7 +30,7 @@ from nano_pretrain.platform import versions
 from nano_pretrain.recipe.errors import RunError, UserError
 from nano_pretrain.recipe.schema import DataConfig, HfConfig
 from tests import corpora
-from tests.convert.conversions import TOKENS, exported, quiet, random_tensors, write_hf
+from tests.convert.conversions import TOKENS, exported, random_tensors, write_hf
 from tests.model.recipes import small_recipe
 
 RECIPE = small_recipe("bf16", pattern="M-M*-", mamba_num_heads=8, vocab_size=512)
@@ -119,11 +117,12 @@ def export_of(checkpoint: Path, hf: Path) -> Sides:
 class TestRight:
     @pytest.mark.parametrize("how", ["layers", "whole"], indirect=True)
     @pytest.mark.parametrize("dtype", ["stored", pytest.param("bf16", marks=pytest.mark.full)])
-    def test_export_of_rounded_weights_passes(self, checkpoint: Path, tmp_path: Path, how: str, dtype: str) -> None:
+    def test_export_of_rounded_weights_passes(
+        self, checkpoint: Path, tmp_path: Path, how: str, dtype: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         options = HfConfig(path=str(tmp_path / "hf"), dtype=dtype)
-        said = io.StringIO()
-        export(RECIPE, options, checkpoint.parent.parent, checkpoint, Console(file=said, width=1000))
-        line = next(line for line in said.getvalue().splitlines() if line.startswith("verified"))
+        export(RECIPE, options, checkpoint.parent.parent, checkpoint)
+        line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("verified"))
         assert "32 tensors bit-equal" in line
         assert ("after loading" in line) == (how == "whole")
 
@@ -137,7 +136,7 @@ class TestRight:
         source = write_hf(tmp_path / "from", tensors)
         written = hf_config(RECIPE, max_position_embeddings=64, torch_dtype="float32")
         (source / CONFIG_NAME).write_text(json.dumps({**written, "time_step_min": 0.001}))
-        import_checkpoint(RECIPE, HfConfig(dtype="bf16"), source, tmp_path / "run", quiet())
+        import_checkpoint(RECIPE, HfConfig(dtype="bf16"), source, tmp_path / "run")
         assert (tmp_path / "run" / "checkpoints" / "0").is_dir()
 
     def test_layers_one_at_a_time_find_what_whole_models_find(self, hf: Path, checkpoint: Path) -> None:
@@ -188,7 +187,7 @@ def test_other_weights_are_named(hf: Path, checkpoint: Path, how: str, change: C
     name = change(tensors)
     save_file(tensors, hf / SINGLE)
     with pytest.raises(RunError, match=rf"{name}\[.*in the Hugging Face model.*in the native"):
-        verify.verify(export_of(checkpoint, hf), quiet())
+        verify.verify(export_of(checkpoint, hf))
 
 
 def test_weights_that_change_while_transformers_loads_them_are_named(
@@ -203,7 +202,7 @@ def test_weights_that_change_while_transformers_loads_them_are_named(
 
     monkeypatch.setattr(verify_whole, "_load", load_and_initialise)
     with pytest.raises(RunError, match=r"backbone\.layers\.2\.mixer\.dt_bias\[0\]: 1 in"):
-        verify.verify(export_of(checkpoint, hf), quiet())
+        verify.verify(export_of(checkpoint, hf))
 
 
 Rows = list[tuple[str, int, int]]
@@ -247,7 +246,7 @@ def test_mistake_in_the_table_is_seen_though_both_sides_read_it(
     monkeypatch.setattr(names, "_joined", mistaken)
     hf = exported(RECIPE, checkpoint, tmp_path / "hf")
     with pytest.raises(RunError, match=rf"backbone\.layers\.{layer}: from the same input"):
-        verify.verify(export_of(checkpoint, hf), quiet())
+        verify.verify(export_of(checkpoint, hf))
 
 
 @pytest.mark.parametrize(
@@ -267,7 +266,7 @@ def test_other_configuration_is_seen(hf: Path, checkpoint: Path, how: str, keys:
     path = hf / CONFIG_NAME
     path.write_text(json.dumps({**json.loads(path.read_text()), **keys}))
     with pytest.raises(RunError, match=named):
-        verify.verify(export_of(checkpoint, hf), quiet())
+        verify.verify(export_of(checkpoint, hf))
 
 
 @pytest.mark.parametrize(("installed", "said"), [(None, "not installed"), ("4.57.1", "4.57.1 is installed")])
@@ -276,5 +275,5 @@ def test_transformers_is_asked_for_before_anything_is_written(
 ) -> None:
     monkeypatch.setattr(versions, "_installed", lambda _: installed)
     with pytest.raises(UserError, match=rf"hf\.verify: transformers: {said}.*pip install.*hf\.verify=false"):
-        export(RECIPE, HfConfig(path=str(tmp_path / "hf")), checkpoint.parent.parent, checkpoint, quiet())
+        export(RECIPE, HfConfig(path=str(tmp_path / "hf")), checkpoint.parent.parent, checkpoint)
     assert list(tmp_path.iterdir()) == []
