@@ -22,7 +22,7 @@ VERBS = {
     "train": "the run on the ranks it is started on (alone: one rank); continues from the newest whole checkpoint",
     "launch": "start the run's ranks on this machine and wait for them",
     "generate": "continue a prompt with the newest checkpoint",
-    "evaluate": "retrieval and loss by position at evaluate.lengths, of the newest checkpoint",
+    "evaluate": "retrieval and loss by position at evaluate.lengths, and lm-evaluation-harness tasks, of a checkpoint",
     "export": "a checkpoint as a Hugging Face model in RUN/hf or hf.path, verified",
     "import": "the Hugging Face checkpoint in hf.path as the start of a run",
     "report": "render the plots and the HTML page of a run",

@@ -1,19 +1,17 @@
-"""Reading the tensors of a native checkpoint, a block of rows at a time, through torch's distributed checkpoints."""
+"""Reading the rows of a native checkpoint's tensors where torch's distributed checkpoints have put them."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import cache, lru_cache
+from mmap import ACCESS_COPY, mmap
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
 from nano_pretrain.checkpoint.manifest import damaged_files, read_manifest
 from nano_pretrain.convert.names import native_tensors, shape_text
@@ -22,9 +20,7 @@ from nano_pretrain.recipe.schema import ModelConfig
 
 MAIN_WEIGHTS = "optimizer.state.param."
 """Prefix of the FP32 weights that the optimizer updates; those of the model are them rounded."""
-WHOLE_BYTES = 3 << 29
-"""Up to this size a tensor is read at once: torch reads a stored piece as a whole, whatever is asked of it."""
-BLOCK_BYTES = 1 << 28
+OPEN_FILES, PIECES = 4, 64
 
 
 def open_checkpoint(checkpoint: Path, model: ModelConfig) -> NativeReader:
@@ -56,19 +52,23 @@ def open_checkpoint(checkpoint: Path, model: ModelConfig) -> NativeReader:
 class NativeReader:
     """Tensors of a checkpoint by the names of the model, on whatever layout they were written.
 
+    Files are mapped: reading takes no memory, and copies only what several ranks wrote.
+
     Args:
         checkpoint: its directory.
         before_reading: called with the name of a file before it is read.
     """
 
     def __init__(self, checkpoint: Path, before_reading: Callable[[str], object]) -> None:
+        self._checkpoint = checkpoint
         self._before_reading = before_reading
         self._reader = FileSystemReader(checkpoint)
         metadata = self._reader.read_metadata()
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
         stored = metadata.state_dict_metadata.items()
         self._tensors = {name: entry for name, entry in stored if isinstance(entry, TensorStorageMetadata)}
-        self._block = lru_cache(1)(self._read_block)
+        self._map = lru_cache(OPEN_FILES)(self._map_file)
+        self._piece = lru_cache(PIECES)(self._map_piece)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -87,49 +87,40 @@ class NativeReader:
     def rows(self, name: str, start: int, count: int) -> Tensor:
         """Rows [start, start + count) of a tensor, of the main weights where the checkpoint has them."""
         name = self._exact(name)
-        size = self._rows_per_block(name)
-        first, last = start // size, (start + count - 1) // size
-        parts = [
-            self._block(name, number)[max(start - number * size, 0) : start + count - number * size]
-            for number in range(first, last + 1)
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        entry = self._tensors[name]
+        if len(entry.chunks) == 1:
+            return self._piece(name, entry.chunks[0].offsets)[start : start + count]
+        out = torch.empty((count, *entry.size[1:]), dtype=entry.properties.dtype)
+        for chunk in entry.chunks:
+            first, *offsets = chunk.offsets
+            low, high = max(start, first), min(start + count, first + chunk.sizes[0])
+            if low < high:
+                inside = tuple(slice(o, o + n) for o, n in zip(offsets, chunk.sizes[1:], strict=True))
+                out[(slice(low - start, high - start), *inside)] = self._piece(name, chunk.offsets)[
+                    low - first : high - first
+                ]
+        return out
 
     def _exact(self, name: str) -> str:
         main = MAIN_WEIGHTS + name
         return main if main in self._tensors else name
 
-    def _rows_per_block(self, name: str) -> int:
-        entry = self._tensors[name]
-        rows, size = entry.size[0], math.prod(entry.size) * entry.properties.dtype.itemsize
-        return int(rows) if size <= WHOLE_BYTES else max(1, int(BLOCK_BYTES // (size // rows)))
+    def _map_piece(self, name: str, offsets: torch.Size) -> Tensor:
+        """What one rank has written of a tensor, which torch has saved as one of many in a file."""
+        info = self._reader.storage_data[MetadataIndex(name, offsets)]
+        content = self._map(info.relative_path)
+        with (self._checkpoint / info.relative_path).open("rb") as stream, FakeTensorMode():
+            # Says where its numbers lie, and does not read them.
+            piece = torch.load(self._reader._slice_file(stream, info), map_location="cpu", weights_only=True)
+        storage = piece.untyped_storage()
+        count = storage.nbytes() // piece.dtype.itemsize
+        flat = torch.frombuffer(
+            content, dtype=piece.dtype, count=count, offset=info.offset + storage._checkpoint_offset
+        )
+        return flat.as_strided(piece.shape, piece.stride(), piece.storage_offset())
 
-    def _read_block(self, name: str, number: int) -> Tensor:
-        entry = self._tensors[name]
-        size = self._rows_per_block(name)
-        start = number * size
-        shape = torch.Size([min(size, entry.size[0] - start), *entry.size[1:]])
-        offsets = torch.Size([start, *[0] * (len(shape) - 1)])
-        block = torch.empty(shape, dtype=entry.properties.dtype)
-        items = create_read_items_for_chunk_list(name, entry, [ChunkStorageMetadata(offsets, shape)])
-        for file in {self._reader.storage_data[item.storage_index].relative_path for item in items}:
-            self._before_reading(file)
-        self._reader.read_data(LoadPlan(items), _Into(block)).wait()
-        return block
-
-
-class _Into(DefaultLoadPlanner):
-    """Reads into one tensor."""
-
-    def __init__(self, target: Tensor) -> None:
-        super().__init__()
-        self._target = target
-
-    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        target = self._target
-        for dimension, (offset, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
-            target = target.narrow(dimension, offset, length)
-        return target
-
-    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        """It is where it belongs."""
+    def _map_file(self, file: str) -> mmap:
+        self._before_reading(file)
+        with (self._checkpoint / file).open("rb") as stream:
+            # Of the process' own if it were written to, which torch would warn of otherwise.
+            return mmap(stream.fileno(), 0, access=ACCESS_COPY)

@@ -24,8 +24,8 @@ from nano_pretrain.checkpoint.checksum import Checksum
 from nano_pretrain.checkpoint.manifest import FileEntry
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
-AHEAD = 2
-"""Blocks that are read while one is written."""
+AHEAD = 8
+"""Blocks that are read while one is written: half a gigabyte, the largest file of a checkpoint that was imported."""
 _ALIGNMENT = 8
 
 T = TypeVar("T")

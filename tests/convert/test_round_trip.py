@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 
 from nano_pretrain.checkpoint.manifest import read_manifest
-from nano_pretrain.convert import assemble, native, native_writer
+from nano_pretrain.convert import assemble, native_writer
 from nano_pretrain.convert.names import hf_tensors, native_tensors
 from nano_pretrain.convert.native import open_checkpoint
 from nano_pretrain.recipe.derived import padded_vocab_size
@@ -62,8 +62,6 @@ def test_blocks_of_any_size_and_files_of_any_number_give_the_same(
     tensors = random_tensors(RECIPE.model)
     source = write_hf(tmp_path / "from", tensors)
     monkeypatch.setattr(assemble, "BLOCK_BYTES", 500)
-    monkeypatch.setattr(native, "WHOLE_BYTES", 1000)
-    monkeypatch.setattr(native, "BLOCK_BYTES", 700)
     monkeypatch.setattr(native_writer, "FILE_BYTES", 20_000)
     there = imported(RECIPE, source, tmp_path / "run")
     assert len(list(there.glob("*.distcp"))) > 3
