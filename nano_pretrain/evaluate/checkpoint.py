@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from nano_pretrain.checkpoint.corpus import check_corpus
 from nano_pretrain.data.curriculum import Curriculum
 from nano_pretrain.data.shards import open_corpus
 from nano_pretrain.evaluate.generate import ALONE, chosen_checkpoint, model_of, without_fp8
+from nano_pretrain.evaluate.harness_suite import HarnessSuite
 from nano_pretrain.evaluate.length import LengthSuite, Subject, greedy
 from nano_pretrain.evaluate.room import without_room_for_weights
 from nano_pretrain.evaluate.rows import Run
@@ -26,8 +28,8 @@ from nano_pretrain.recipe.errors import RecipeError
 from nano_pretrain.recipe.schema import EvaluateConfig, Recipe
 
 
-def evaluate_checkpoint(recipe: Recipe, options: EvaluateConfig, run_dir: Path) -> list[dict[str, Any]]:
-    """Evaluate a checkpoint at each length; returns the lines of evaluation.jsonl.
+def evaluate_checkpoint(recipe: Recipe, options: EvaluateConfig, run_dir: Path) -> dict[str, list[dict[str, Any]]]:
+    """Evaluate a checkpoint at each length and by each task; returns the lines of each file.
 
     As `generate`, in the dtype of the weights: BF16 where the run was in FP8.
 
@@ -37,32 +39,58 @@ def evaluate_checkpoint(recipe: Recipe, options: EvaluateConfig, run_dir: Path) 
         run_dir: directory of the run.
 
     Raises:
-        UserError: no length is given, there is no such checkpoint, the corpus is another, or a length does not fit the
-            tasks, the held-out text or the memory.
+        UserError: neither length nor task is given, there is no such checkpoint, the corpus is another, or a length
+            does not fit the tasks, the held-out text or the memory.
     """
-    if not options.lengths:
-        raise RecipeError("evaluate.lengths", "is empty", "write for example evaluate.lengths=[512,4096]")
+    if not (options.lengths or options.harness_tasks):
+        fix = "write for example evaluate.lengths=[512,4096], or evaluate.harness_tasks=[TASK]"
+        raise RecipeError("evaluate.lengths", "is empty", fix)
     path = chosen_checkpoint(run_dir, options.checkpoint, "evaluate")
     corpus = open_corpus(Path(recipe.data.path))
     check_corpus(path, corpus, what=str(path))
-    suite = LengthSuite(options, without_fp8(recipe), corpus)
-    tokens = int(path.name)
+    tokens, alone = int(path.name), without_fp8(recipe)
+    suite = LengthSuite(options, alone, corpus)
+    harness = HarnessSuite(options, alone, corpus, first_rank=True) if options.harness_tasks else None
     stage = Curriculum(recipe, corpus.sizes, read_acts(run_dir)).stage_at(max(0, tokens - 1))
-    shapes = suite.shapes(ALONE, stage.config)
-    _check_room(without_fp8(recipe), shapes)
-    with model_of(recipe, path, max(options.lengths)) as model, _bar(suite.tokens) as progress:
+    shapes, place = suite.shapes(ALONE, stage.config), {"tokens": tokens, "stage": stage.name}
+    _check_room(alone, shapes)
+    with model_of(recipe, path, max(options.lengths, default=stage.sequence_length)) as model:
         model.eval()
         complete = greedy(model, corpus.eod_id, recipe.model.vocab_size)
-        subject = Subject(_run_of(model), complete, next(model.parameters()).device, progress)
-        return [{"tokens": tokens, "stage": stage.name, **line} for line in suite.evaluate(subject, shapes)]
+        subject = Subject(_run_of(model), complete, next(model.parameters()).device)
+        found: dict[str, list[dict[str, Any]]] = {}
+        if options.lengths:
+            with _bar(suite.tokens) as progress:
+                found["evaluation.jsonl"] = suite.evaluate(replace(subject, progress=progress), shapes)
+        if harness:
+            found["harness.jsonl"] = harness.evaluate(subject, model, ALONE, stage.config, tokens)
+    return {name: [{**place, **line} for line in lines] for name, lines in found.items()}
 
 
-def show(lines: list[dict[str, Any]], console: Console) -> None:
-    """Print the scores of each task and length, and the loss by position."""
-    console.print(f"after {lines[0]['tokens']:,} tokens, stage {lines[0]['stage']}", style="bold")
-    tables = [_retrieval_table(lines)] if lines[0]["retrieval"] else []
-    for table in [*tables, _positions_table(lines)]:
+def show(found: dict[str, list[dict[str, Any]]], console: Console) -> None:
+    """Print the scores of each task and length, the loss by position, and the scores of each task of the harness."""
+    first = next(line for lines in found.values() for line in lines)
+    console.print(f"after {first['tokens']:,} tokens, stage {first['stage']}", style="bold")
+    for table in _tables(found):
         console.print(table)
+
+
+def _tables(found: dict[str, list[dict[str, Any]]]) -> Iterator[Table]:
+    if lines := found.get("evaluation.jsonl", []):
+        if lines[0]["retrieval"]:
+            yield _retrieval_table(lines)
+        yield _positions_table(lines)
+    if lines := found.get("harness.jsonl", []):
+        yield _harness_table(lines)
+
+
+def _harness_table(lines: list[dict[str, Any]]) -> Table:
+    table = Table("task", "version", "examples", "few-shot", "metric", "score")
+    for line in lines:
+        row = [str(line[name] if line[name] is not None else "") for name in ("task", "version", "examples", "fewshot")]
+        for metric, measured in line["metrics"].items():
+            table.add_row(*row, metric, _estimate(measured))
+    return table
 
 
 def _retrieval_table(lines: list[dict[str, Any]]) -> Table:

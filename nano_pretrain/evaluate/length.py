@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer
 
-from nano_pretrain.checkpoint.files import append_line
 from nano_pretrain.data.shards import Corpus
 from nano_pretrain.evaluate.generate import continuation
 from nano_pretrain.evaluate.positions import LossByPosition
@@ -122,12 +120,6 @@ def _in_tokens(progress: Progress, length: int, rows: int) -> None:
     progress(rows * length)
 
 
-def append_lines(run_dir: Path, lines: Sequence[dict[str, Any]]) -> None:
-    """Append to the run's evaluation.jsonl, a line for each length."""
-    for line in lines:
-        append_line(run_dir / "evaluation.jsonl", line)
-
-
 def greedy(model: Any, eod_id: int, vocab_size: int) -> Complete:
     """Greedy generation by a model that this rank holds whole."""
 
@@ -136,9 +128,3 @@ def greedy(model: Any, eod_id: int, vocab_size: int) -> Complete:
         return list(continuation(model, prompt, options, eod_id, vocab_size))
 
     return complete
-
-
-def holds_whole_model(recipe: Recipe, layout: ParallelConfig, platform: str) -> bool:
-    """Whether a rank can generate by itself; a step of one token is no FP8 product of Transformer Engine's."""
-    alone = layout.tensor == layout.pipeline == layout.context == 1
-    return alone and not (platform == "cuda" and recipe.precision.name.startswith("fp8"))

@@ -39,6 +39,12 @@ def forward_bytes(recipe: Recipe, layout: ParallelConfig, shape: tuple[int, int]
     return max(parts)
 
 
+def holds_whole_model(recipe: Recipe, layout: ParallelConfig, platform: str) -> bool:
+    """Whether a rank can generate by itself; a step of one token is no FP8 product of Transformer Engine's."""
+    alone = layout.tensor == layout.pipeline == layout.context == 1
+    return alone and not (platform == "cuda" and recipe.precision.name.startswith("fp8"))
+
+
 def pass_shape(recipe: Recipe, length: int, layout: ParallelConfig, stage: StageConfig) -> tuple[int, int]:
     """(tokens, rows) of a forward pass: filled up to what layout and FP8 divide, about as many tokens as in training.
 

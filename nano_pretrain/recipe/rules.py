@@ -45,6 +45,8 @@ LARGEST = {
     "bucket_size": 10**12,
     "max_new_tokens": 10**6,
     "examples": 10**6,
+    "harness_limit": 10**9,
+    "file_gigabytes": 10**6,
     "timeout_seconds": 10**7,
     "grace_seconds": 10**7,
     "threads_per_rank": 4096,

@@ -12,6 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from nano_pretrain.recipe.errors import UserError
 from nano_pretrain.report import facts, words
 from nano_pretrain.report.figures import FIGURES, NothingToShow
+from nano_pretrain.report.harness import harness_table
 from nano_pretrain.report.length import positions_figure, retrieval_table
 from nano_pretrain.report.record import Record, number, read_record
 
@@ -96,6 +97,7 @@ def _html(record: Record, pictures: dict[str, Picture]) -> str:
         ledger=facts.ledger_table(record),
         quantisation=facts.quantisation_table(record),
         retrieval=retrieval_table(record),
+        harness=harness_table(record),
         samples=newest[:SHOWN_SAMPLES],
         hidden_samples=max(0, len(newest) - SHOWN_SAMPLES),
     )

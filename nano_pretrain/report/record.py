@@ -90,6 +90,25 @@ class LengthEvaluation:
 
 
 @dataclass(frozen=True)
+class TaskEvaluation:
+    """What lm-evaluation-harness found of one task at one point of the run.
+
+    Attributes:
+        tokens: consumed.
+        stage: that had just ended, or that the checkpoint belongs to.
+        task: its name.
+        conditions: precision, examples and examples in the prompt, in words; only what agrees in them compares.
+        metrics: (score, standard error) of each, NaN where there is none.
+    """
+
+    tokens: float
+    stage: str
+    task: str
+    conditions: tuple[str, str, str]
+    metrics: dict[str, tuple[float, float]]
+
+
+@dataclass(frozen=True)
 class Quantisation:
     """What FP8 lost in one step: linear -> operand -> measure, shares and the relative error."""
 
@@ -116,6 +135,7 @@ class Record:
     steps: Steps
     evaluations: list[Evaluation]
     lengths: list[LengthEvaluation]
+    tasks: list[TaskEvaluation]
     quantisation: list[Quantisation]
     samples: list[Sample]
     recipe: dict[str, Any]
@@ -137,6 +157,7 @@ def read_record(run_dir: Path) -> Record:
         steps=_steps(_read_lines(run_dir / "metrics.jsonl", problems)),
         evaluations=_evaluations(_read_lines(run_dir / "validation.jsonl", problems)),
         lengths=_lengths(run_dir / "evaluation.jsonl", problems),
+        tasks=_tasks(run_dir / "harness.jsonl", problems),
         quantisation=_quantisation(run_dir / "fp8.jsonl", problems),
         samples=[_sample(line) for line in _read_lines(run_dir / "samples.jsonl", problems)],
         recipe=recipe,
@@ -292,6 +313,26 @@ def _task_scores(found: dict[str, Any]) -> TaskScores:
 def _score(estimate: object) -> tuple[float, float]:
     found = mapping(estimate)
     return number(found.get("score")), number(found.get("standard_error"))
+
+
+def _tasks(path: Path, problems: dict[str, str]) -> list[TaskEvaluation]:
+    # Only runs that were asked to have any.
+    lines = _read_lines(path, problems) if path.exists() else []
+    return [
+        TaskEvaluation(
+            tokens=number(line.get("tokens")),
+            stage=str(line.get("stage", "")),
+            task=str(line.get("task", "")),
+            conditions=(
+                str(line.get("precision", "precision not recorded")),
+                f"{line.get('examples')} examples",
+                f"{line.get('fewshot')}-shot",
+            ),
+            metrics={name: _score(measured) for name, measured in mapping(line.get("metrics")).items()},
+        )
+        for line in lines
+        if isfinite(number(line.get("tokens")))
+    ]
 
 
 def _numbers(values: object) -> Floats:

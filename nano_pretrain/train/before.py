@@ -16,6 +16,7 @@ from nano_pretrain.data.long_text import long_text
 from nano_pretrain.data.repeats import repetitions
 from nano_pretrain.data.shards import MANIFEST_NAME, Corpus, open_corpus
 from nano_pretrain.data.stage_plan import StagePlan
+from nano_pretrain.evaluate.harness_tasks import check_at_stage_ends
 from nano_pretrain.evaluate.prompts import check_lengths
 from nano_pretrain.evaluate.windows import check_held_out, sources_read
 from nano_pretrain.platform.preflight import check_dependencies
@@ -55,6 +56,7 @@ def check_before(recipe: Recipe, overrides: Sequence[str], directory: Path, firs
     _check_corpus(recipe, directory, corpus)
     if first_rank:
         check_not_held(directory)
+        check_at_stage_ends(recipe)
     if going_on.told:
         known = Curriculum(undone(recipe, going_on.told), corpus.sizes, going_on.acts)
         for act in going_on.told:

@@ -6,14 +6,17 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
 from nano_pretrain.checkpoint.files import append_line, write_json
 from nano_pretrain.checkpoint.sharded import retain, save_checkpoint
 from nano_pretrain.data.ledger import ledger
+from nano_pretrain.data.stage_plan import StagePlan
 from nano_pretrain.evaluate.heldout import HeldOut
-from nano_pretrain.evaluate.length import LengthSuite, Subject, append_lines, greedy, holds_whole_model
+from nano_pretrain.evaluate.length import Subject, greedy
+from nano_pretrain.evaluate.room import holds_whole_model
 from nano_pretrain.precision.losses import Losses, QuantisationLosses, described, not_finite
 from nano_pretrain.train.session import Session, StepRecord
 
@@ -70,19 +73,21 @@ class Validation:
             append_line(session.directory / "validation.jsonl", line)
 
 
-class LengthEvaluation:
-    """evaluation.jsonl: retrieval and loss by position at the end of each stage, after its checkpoint.
+class StageEndEvaluation:
+    """Lines of a file, evaluated at the end of each stage, after its checkpoint.
 
     Args:
-        suite: what to evaluate.
+        name: of the file in the run's directory.
+        evaluate: gives lines from the model and the stage, on all ranks together.
     """
 
-    def __init__(self, suite: LengthSuite) -> None:
-        self.suite = suite
+    def __init__(self, name: str, evaluate: Callable[[Subject, StagePlan], list[dict[str, Any]]]) -> None:
+        self.name = name
+        self.evaluate = evaluate
 
     def on_start(self, session: Session) -> None:
         """Evaluate where a kill came between the checkpoint of a stage's end and the end of the evaluation."""
-        if session.tokens and session.tokens not in _evaluated(session.directory / "evaluation.jsonl"):
+        if session.tokens and session.tokens not in _evaluated(session.directory / self.name):
             self._evaluate(session)
 
     def on_step(self, session: Session, record: StepRecord, stopping: bool) -> None:
@@ -103,11 +108,12 @@ class LengthEvaluation:
         subject = Subject(trainable.run, complete, next(trainable.model.parameters()).device)
         trainable.gather_parameters()
         trainable.wrapped.eval()
-        lines = self.suite.evaluate(subject, self.suite.shapes(session.layout, stage.config))
+        lines = self.evaluate(subject, stage)
         trainable.wrapped.train()
         if session.ranks.is_first:
             place = {"tokens": session.tokens, "stage": stage.name}
-            append_lines(session.directory, [{**place, **line} for line in lines])
+            for line in lines:
+                append_line(session.directory / self.name, {**place, **line})
 
 
 def _evaluated(path: Path) -> set[int]:

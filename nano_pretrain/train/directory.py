@@ -16,7 +16,7 @@ from nano_pretrain.recipe.errors import UserError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LOCK = ".lock"
-STREAMS = ("metrics.jsonl", "validation.jsonl", "fp8.jsonl", "evaluation.jsonl")
+STREAMS = ("metrics.jsonl", "validation.jsonl", "fp8.jsonl", "evaluation.jsonl", "harness.jsonl")
 """Files with one line per event, in the order of the consumed tokens."""
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache
 from itertools import chain, takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -23,7 +23,7 @@ from nano_pretrain.data.loader import BatchReader
 from nano_pretrain.data.shards import open_corpus
 from nano_pretrain.data.stage_plan import StagePlan
 from nano_pretrain.evaluate.heldout import HeldOut
-from nano_pretrain.evaluate.length import LengthSuite
+from nano_pretrain.evaluate.length import LengthSuite, Subject
 from nano_pretrain.evaluate.room import without_room_at_stage_ends
 from nano_pretrain.parallel.groups import (
     Ranks,
@@ -44,7 +44,7 @@ from nano_pretrain.recipe.load import to_yaml
 from nano_pretrain.recipe.schema import ParallelConfig, Recipe
 from nano_pretrain.recipe.split import stage_build
 from nano_pretrain.train.before import next_stage
-from nano_pretrain.train.callbacks import Checkpoints, LengthEvaluation, Metrics, Quantisation, Validation
+from nano_pretrain.train.callbacks import Checkpoints, Metrics, Quantisation, StageEndEvaluation, Validation
 from nano_pretrain.train.directory import full_disk_is_the_users_to_mend, only_trainer, truncate_streams
 from nano_pretrain.train.environment import check_same_kernels, environment, recorded_kernels
 from nano_pretrain.train.exit_file import ExitFile
@@ -243,12 +243,33 @@ def _callbacks(session: Session, heldout: Callable[[], HeldOut]) -> list[Callbac
         if recipe.log.wandb != "disabled":
             callbacks.append(Wandb(recipe.log.wandb, recipe.log.wandb_project, recipe.log.every))
     callbacks.append(Checkpoints())
-    if recipe.evaluate.lengths and recipe.evaluate.at_stage_end:
-        callbacks.append(LengthEvaluation(LengthSuite(recipe.evaluate, recipe, session.corpus)))
+    if recipe.evaluate.at_stage_end:
+        callbacks += _evaluations(session)
     if recipe.log.profile:
         first, last = recipe.log.profile
         callbacks.append(Profiler(first, last))
     return callbacks
+
+
+def _evaluations(session: Session) -> Iterator[StageEndEvaluation]:
+    recipe, options = session.recipe, session.recipe.evaluate
+    if options.lengths:
+        length = LengthSuite(options, recipe, session.corpus)
+
+        def by_length(subject: Subject, stage: StagePlan) -> list[dict[str, Any]]:
+            return length.evaluate(subject, length.shapes(session.layout, stage.config))
+
+        yield StageEndEvaluation("evaluation.jsonl", by_length)
+    if options.harness_tasks:
+        from nano_pretrain.evaluate.harness_suite import HarnessSuite
+
+        harness = HarnessSuite(options, recipe, session.corpus, session.ranks.is_first)
+
+        def by_tasks(subject: Subject, stage: StagePlan) -> list[dict[str, Any]]:
+            model = session.trainable.model
+            return harness.evaluate(subject, model, session.layout, stage.config, session.tokens)
+
+        yield StageEndEvaluation("harness.jsonl", by_tasks)
 
 
 def _finish(session: Session, heldout: Callable[[], HeldOut]) -> None:

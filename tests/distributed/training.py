@@ -150,7 +150,8 @@ def length_lines(recipe: Recipe, layout: ParallelConfig) -> list[dict[str, Any]]
     """What is evaluated for length after a step."""
     import torch
 
-    from nano_pretrain.evaluate.length import LengthSuite, Subject, greedy, holds_whole_model
+    from nano_pretrain.evaluate.length import LengthSuite, Subject, greedy
+    from nano_pretrain.evaluate.room import holds_whole_model
 
     with groups(layout) as platform:
         run = Run(recipe, layout, platform)
@@ -159,8 +160,50 @@ def length_lines(recipe: Recipe, layout: ParallelConfig) -> list[dict[str, Any]]
         if holds_whole_model(recipe, layout, platform.name):
             complete = greedy(model, eod_id, recipe.model.vocab_size)
         suite = LengthSuite(recipe.evaluate, recipe, run.corpus)
-        # As callbacks.LengthEvaluation does it.
+        # As callbacks.StageEndEvaluation does it.
         run.trainable.gather_parameters()
         run.trainable.wrapped.eval()
         subject = Subject(run.trainable.run, complete, torch.device("cpu"))
         return suite.evaluate(subject, suite.shapes(layout, run.stage.config))
+
+
+def harness_answers(
+    recipe: Recipe, layout: ParallelConfig, asked: list[Any], prompts: list[Any], longest: int
+) -> tuple[list[Any], list[str]] | None:
+    """What the first rank gets to hear of a model after a step, as lm-evaluation-harness would; None on the others."""
+    from functools import partial
+
+    import torch
+    from tokenizers import Tokenizer
+
+    from nano_pretrain.evaluate.length import Subject
+    from nano_pretrain.evaluate.requests import Requests
+    from nano_pretrain.evaluate.room import pass_shape
+
+    with groups(layout) as platform:
+        run = Run(recipe, layout, platform)
+        run.train(1)
+        run.trainable.gather_parameters()
+        run.trainable.wrapped.eval()
+        subject = Subject(run.trainable.run, None, torch.device("cpu"))
+        tokenizer = Tokenizer.from_file(str(run.corpus.tokenizer_file))
+        shape_of = partial(pass_shape, recipe, layout=layout, stage=run.stage.config)
+        requests = Requests(subject, run.trainable.model, tokenizer.decode, run.corpus.eod_id, shape_of, longest)
+        if ranks_from_environment().rank:
+            requests.serve()
+            return None
+        answers = requests.likelihoods(asked), requests.texts(prompts) if prompts else []
+        requests.end()
+        return answers
+
+
+def likeliest_tokens(logits: Any, vocab_size: int) -> Any:
+    """What ranks that have some columns each of logits [length, batch, padded vocabulary] find."""
+    from megatron.core import parallel_state
+
+    from nano_pretrain.evaluate.requests import likeliest_token
+
+    ranks = ranks_from_environment().world_size
+    with groups(ParallelConfig(tensor=ranks)):
+        group = parallel_state.get_tensor_model_parallel_group()
+        return likeliest_token(logits.chunk(ranks, -1)[group.rank()].contiguous(), vocab_size, group)

@@ -99,7 +99,7 @@ def test_lines_past_the_checkpoint_and_a_torn_last_one_are_dropped(
     tmp_path_factory: pytest.TempPathFactory, count: int, kept: int, torn: str
 ) -> None:
     run = tmp_path_factory.mktemp("run")
-    for name in ("metrics.jsonl", "validation.jsonl", "fp8.jsonl", "evaluation.jsonl"):
+    for name in ("metrics.jsonl", "validation.jsonl", "fp8.jsonl", "evaluation.jsonl", "harness.jsonl"):
         for tokens in range(count):
             append_line(run / name, {"tokens": tokens, "loss": 1 / 3})
         if count:
