@@ -6,6 +6,7 @@ PYTHON ?= python3.11
 # libraries of `pip install -e '.[gpu]'`, or train on the CPU with CUDA_VISIBLE_DEVICES= .
 TORCH ?= torch==2.13.0
 RECIPE ?= tiny
+WORKERS ?= 2
 BIN := .venv/bin
 READY := .venv/.ready
 GPU_READY := .venv/.gpu-ready
@@ -26,7 +27,7 @@ pretrain: $(READY)
 	$(BIN)/nano-pretrain export recipe=$(RECIPE)
 
 test: $(READY)
-	$(BIN)/pytest -m 'not full and not gpu'
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m 'not full and not gpu'
 
 test-full: $(READY)
 	$(BIN)/pytest -m 'not gpu'

@@ -21,6 +21,15 @@ settings.register_profile("quick", deadline=None, max_examples=30, derandomize=T
 settings.load_profile("quick")
 
 
+LONGEST = ("train", "distributed", "peers")
+"""Directories whose files take tens of seconds each."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first: workers that take a file at a time then end together."""
+    items.sort(key=lambda item: item.path.parent.name not in LONGEST)
+
+
 @pytest.fixture(autouse=True)
 def denormals_are_kept() -> Iterator[None]:
     """A platform flushes denormals in its process, and hypothesis refuses to draw floats where they are flushed."""
