@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from nano_pretrain.convert.card import write_card
 from nano_pretrain.convert.config import CONFIG_NAME, SPECIAL_IDS, hf_config
 from nano_pretrain.data.shards import TOKENIZER_NAME
 from nano_pretrain.prepare.tokenizer import SPECIAL_TOKENS
-from nano_pretrain.recipe.derived import stage_tokens
+from nano_pretrain.recipe.derived import trained_length
 from nano_pretrain.recipe.errors import UserError
 from nano_pretrain.recipe.load import to_yaml
 from nano_pretrain.recipe.schema import Recipe
@@ -49,13 +48,6 @@ def write_beside(directory: Path, recipe: Recipe, run_dir: Path, tokens: int, dt
         *_write_tokenizer(directory, recipe, length),
     ]
     return [*names, *write_card(directory, recipe, run_dir, tokens, torch_dtype, has_tokenizer=TOKENIZER_NAME in names)]
-
-
-def trained_length(recipe: Recipe, tokens: int) -> int:
-    """Tokens of the longest sample that a checkpoint was trained on: of the stages that had begun."""
-    begins = accumulate(map(stage_tokens, recipe.stages.values()), initial=0)
-    begun = [stage for begin, stage in zip(begins, recipe.stages.values(), strict=False) if begin < max(tokens, 1)]
-    return max(stage.sequence_length for stage in begun)
 
 
 def _write_tokenizer(directory: Path, recipe: Recipe, length: int) -> Iterator[str]:

@@ -7,12 +7,12 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from nano_pretrain.convert.beside import trained_length
 from nano_pretrain.data.shards import Corpus
 from nano_pretrain.evaluate.harness_tasks import load_tasks
 from nano_pretrain.evaluate.length import Subject
 from nano_pretrain.evaluate.requests import Requests
 from nano_pretrain.evaluate.room import pass_shape
+from nano_pretrain.recipe.derived import trained_length
 from nano_pretrain.recipe.schema import EvaluateConfig, ParallelConfig, Recipe, StageConfig
 
 

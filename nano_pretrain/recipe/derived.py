@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 from nano_pretrain.recipe.schema import ModelConfig, ParallelConfig, PrecisionConfig, Recipe, StageConfig
 
@@ -33,6 +34,13 @@ def stage_ranks(recipe: Recipe, stage: StageConfig) -> int:
 def stage_tokens(stage: StageConfig) -> int:
     """Tokens that a stage asks for."""
     return stage.tokens if stage.schedule.extend_to is None else stage.schedule.extend_to
+
+
+def trained_length(recipe: Recipe, tokens: int) -> int:
+    """Tokens of the longest sample that a checkpoint was trained on: of the stages that had begun."""
+    begins = accumulate(map(stage_tokens, recipe.stages.values()), initial=0)
+    begun = [stage for begin, stage in zip(begins, recipe.stages.values(), strict=False) if begin < max(tokens, 1)]
+    return max(stage.sequence_length for stage in begun)
 
 
 def batch_sizes(stage: StageConfig) -> list[tuple[int, int]]:

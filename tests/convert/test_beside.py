@@ -11,10 +11,10 @@ import yaml
 from tokenizers import Tokenizer
 
 from nano_pretrain.compose import compose
-from nano_pretrain.convert.beside import trained_length, write_beside
+from nano_pretrain.convert.beside import write_beside
 from nano_pretrain.prepare.documents import Document
 from nano_pretrain.prepare.tokenizer import train_bpe
-from nano_pretrain.recipe.derived import stage_tokens
+from nano_pretrain.recipe.derived import stage_tokens, trained_length
 from nano_pretrain.recipe.errors import UserError
 from nano_pretrain.recipe.schema import Recipe
 from tests.report.synthetic_run import TOKENS, write_run
