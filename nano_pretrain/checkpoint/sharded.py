@@ -93,6 +93,7 @@ def save_checkpoint(
     clock: tuple[int, int],
     layout: dict[str, Any],
     corpus: Corpus,
+    acts: int,
     expected_bytes: int,
 ) -> Path:
     """Write a checkpoint beside the others, list and hash its files, then give it its name.
@@ -104,6 +105,7 @@ def save_checkpoint(
         clock: tokens consumed and steps taken.
         layout: sizes of the layout, for the manifest.
         corpus: what it was trained on.
+        acts: how many recorded acts the run was told.
         expected_bytes: about how large the checkpoint will be.
 
     Returns:
@@ -129,7 +131,7 @@ def save_checkpoint(
     with _collective(writing, expected_bytes):
         if first:
             versions = {name: version(name) for name in VERSIONS}
-            Manifest(tokens, step, layout, versions, corpus.fingerprint, entries, corpus.record).write(writing)
+            Manifest(tokens, step, layout, versions, corpus.fingerprint, entries, corpus.record, acts).write(writing)
             _sync(writing)
             _remove(final)
             writing.rename(final)

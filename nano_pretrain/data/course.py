@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from itertools import accumulate
+from math import ceil
 from typing import Any
 
 from nano_pretrain.data.phases import phase_lengths
 from nano_pretrain.recipe.acts import Act
 from nano_pretrain.recipe.derived import batch_sizes, stage_tokens
+from nano_pretrain.recipe.errors import RecipeError
 from nano_pretrain.recipe.rules_stages import check_ramp
 from nano_pretrain.recipe.schema import StageConfig
 from nano_pretrain.schedule.clock import TokenClock
@@ -72,6 +74,44 @@ def told_ends(name: str, acts: Sequence[Act], start: int) -> set[Fraction]:
     return {Fraction(at) for at, _ in _of(f"stages.{name}.schedule.extend_to", acts, start)}
 
 
-def _of(field: str, acts: Sequence[Act], start: int) -> Iterator[tuple[int, Any]]:
-    """When in the stage a field was changed, and to what."""
-    return ((max(act.tokens - start, 0), act.after) for act in acts if act.field == field)
+def without_step(
+    name: str, phase: str, first: StageConfig, now: StageConfig, acts: Sequence[Act], clock: TokenClock
+) -> RecipeError:
+    """The refusal of a phase in which no step begins: of what the run was told last, if that is why.
+
+    Args:
+        name: of the stage.
+        phase: of the phase.
+        first: the stage as the run began with it.
+        now: with all acts.
+        acts: of the run.
+        clock: steps of the stage.
+    """
+    batch, end = f"stages.{name}.global_batch_size", f"stages.{name}.schedule.extend_to"
+    moment = acts[-1].tokens if acts else 0
+    told = [act.field for act in acts if act.tokens == moment and act.field in (batch, end)]
+    ends = phase_ends(name, first, acts, clock.start_tokens)
+    begins = dict(zip(ends, [Fraction(0), *ends.values()], strict=False))
+    step = clock.sizes_from(clock.border_from(begins[phase]))[0]
+    problem = f"no step of {step} tokens begins in phase {phase}"
+    ahead = [part for part in ends if ends[part] >= moment - clock.start_tokens]
+    if told[-1:] == [batch]:
+        shortest = min(ends[part] - begins[part] for part in ahead if ends[part] > begins[part])
+        return RecipeError(batch, problem, f"write at most {max(1, shortest // now.sequence_length)}")
+    if told or stage_tokens(now) < first.tokens:
+        lengths = phase_lengths(f"stages.{name}", first)
+        share = min(lengths[part] for part in ahead) / first.tokens
+        least = ceil(now.global_batch_size * now.sequence_length / share)
+        return RecipeError(end, problem, f"write at least {least}")
+    field = f"stages.{name}.phases.{phase}"
+    return RecipeError(field, f"no step of {step} tokens begins in it", "make it longer or leave it out")
+
+
+def _of(field: str, acts: Sequence[Act], start: int) -> list[tuple[int, Any]]:
+    """When in the stage a field was changed, and to what, ascending: what is told holds from its moment on."""
+    found: list[tuple[int, Any]] = []
+    for act in acts:
+        if act.field == field:
+            at = max(act.tokens - start, 0)
+            found = [*(earlier for earlier in found if earlier[0] < at), (at, act.after)]
+    return found

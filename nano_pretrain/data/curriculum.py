@@ -12,14 +12,15 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from nano_pretrain.data.blend import LARGEST_WINDOW, PhaseBlend, Weights, ramped, steady, widened_window
-from nano_pretrain.data.course import phase_ends, stage_clock, told_ends
-from nano_pretrain.data.phases import phase_weights, require_positive
-from nano_pretrain.data.ranges import Need, SourceRanges, SourceSize
+from nano_pretrain.data.course import phase_ends, stage_clock, told_ends, without_step
+from nano_pretrain.data.phases import phase_weights
+from nano_pretrain.data.ranges import Need, SourceRanges, SourceSize, StageRange, ranges_at_begin, ranges_in_midrun
 from nano_pretrain.data.stage_plan import PhasePlan, StagePlan
 from nano_pretrain.recipe.acts import Act, undone
 from nano_pretrain.recipe.errors import RecipeError
 from nano_pretrain.recipe.schema import Recipe, StageConfig
 from nano_pretrain.schedule.clock import TokenClock
+from nano_pretrain.schedule.learning_rate import check_end
 
 Consumed = Mapping[str, Mapping[str, Mapping[str, int]]]
 """Stage -> phase -> source -> tokens."""
@@ -88,7 +89,6 @@ class Curriculum:
         self.origin: Curriculum = self._before.origin if self._before else self
         if not recipe.stages:
             raise RecipeError("stages", "is empty", "name at least one stage")
-        _check_window(recipe.data.quota_window)
         stages: list[StagePlan] = []
         for name in recipe.stages:
             stages.append(self._plan_stage(name, stages[-1] if stages else None))
@@ -177,8 +177,7 @@ class Curriculum:
 
     def _plan_stage(self, name: str, previous: StagePlan | None) -> StagePlan:
         config = self.recipe.stages[name]
-        for item in ("tokens", "sequence_length", "global_batch_size"):
-            require_positive(f"stages.{name}.{item}", getattr(config, item))
+        check_end(config.schedule, f"stages.{name}.schedule")
         first = self.origin.recipe.stages[name]
         clock = stage_clock(name, first, config, self.acts, previous.end_tokens if previous else 0)
         return StagePlan(
@@ -206,8 +205,7 @@ class Curriculum:
             if start == end and phase_end in told_to_end:
                 continue
             if start == end:
-                problem = f"no step of {clock.tokens_per_step} tokens begins in it"
-                raise RecipeError(field, problem, "make it longer or leave it out")
+                raise without_step(stage, name, self.origin.recipe.stages[stage], config, self.acts, clock)
             weights = phase_weights(f"{field}.blend", config.phases[name].blend, self.sizes)
             blend = self._blend(stage, name, before, weights)
             given = phases[-1].given_after(phases[-1].samples) if phases else {}
@@ -230,25 +228,27 @@ class Curriculum:
         return blend
 
     def _ranges(self, source: str) -> SourceRanges:
-        if self._before and source in self._before.sources:
-            return self._ranges_begun(source, self._before.sources[source])
-        first, *later = self.stages
+        size, key, first = self.sizes[source], (self.recipe.data.seed, "source", source), self.stages[0]
         # At least one sample, so that every source of a blend can be read.
         reads = {stage.name: max(stage.reads[source], 1) for stage in self.stages if source in stage.reads}
-        needs = [Need(stage.name, stage.sequence_length, reads[stage.name]) for stage in later if stage.name in reads]
-        start = Need(first.name, first.sequence_length, reads.get(first.name, 0))
-        ranges = SourceRanges(self.sizes[source], start, needs, (self.recipe.data.seed, "source", source))
+        needs = [Need(name, self._by_name[name].sequence_length, samples) for name, samples in reads.items()]
+        if kept := self._kept(source):
+            ranges = ranges_in_midrun(size, kept, needs, key)
+        else:
+            start = Need(first.name, first.sequence_length, reads.get(first.name, 0))
+            ranges = ranges_at_begin(size, start, [need for need in needs if need.stage != first.name], key)
         for stage, part in ranges.by_stage.items():
             if not part.samples:
                 self._refuse(self._by_name[stage], source)
         return ranges
 
-    def _ranges_begun(self, source: str, ranges: SourceRanges) -> SourceRanges:
-        """Those before the newest acts; a stage that is told to read the source has the whole of it."""
-        for stage in self.stages:
-            if source in stage.reads and stage.name not in ranges.by_stage:
-                ranges = ranges.shared_with(stage.name, stage.sequence_length)
-        return ranges
+    def _kept(self, source: str) -> dict[str, StageRange]:
+        """Ranges of stages that had begun when the run was told the newest acts, and may have read the source."""
+        if self._before is None or source not in self._before.sources:
+            return {}
+        before = self._before.sources[source].by_stage
+        begun = [stage for stage in self.stages if stage.start_tokens < self.acts[-1].tokens]
+        return {stage.name: before[stage.name] for stage in begun if stage.name in before and source in stage.reads}
 
     def _refuse(self, stage: StagePlan, source: str) -> None:
         phase = next(phase for phase in stage.phases if source in phase.blend.sources)
@@ -260,27 +260,22 @@ class Curriculum:
     def _check_epochs(self) -> None:
         limit = self.recipe.data.max_epochs
         read = by_source(self.consumed(self.total_tokens))
-        readings = {source: self.sources[source].readings(tokens) for source, tokens in read.items()}
-        source = max(readings, key=lambda name: readings[name])
-        if readings[source] > limit:
-            times = float(readings[source])
-            fix = "lower its weight, prepare more of it, or raise the limit"
+        most = {source: self.sources[source].most_read(tokens) for source, tokens in read.items()}
+        source = max(most, key=lambda name: sum(most[name].values()))
+        times = float(sum(most[source].values()))
+        if times > limit:
+            stages = " and ".join(stage for stage, often in most[source].items() if often)
             raise RecipeError(
-                "data.max_epochs", f"source {source} is read {times:.2f} times, the limit is {limit}", fix
+                "data.max_epochs",
+                f"source {source} is read {times:.2f} times in the range of {stages}, the limit is {limit}",
+                "lower its weight, prepare more of it, or raise the limit",
             )
 
 
-def _check_window(window: int) -> None:
-    require_positive("data.quota_window", window)
-    if window > LARGEST_WINDOW:
-        raise RecipeError("data.quota_window", f"{window} is too large", f"write at most {LARGEST_WINDOW}")
-
-
 def _check_weights(field: str, weights: Weights, window: int) -> None:
-    wide = widened_window(weights, window)
-    if wide > LARGEST_WINDOW:
+    if widened_window(weights, window) > LARGEST_WINDOW:
         least = min((name for name, weight in weights.items() if weight), key=lambda name: weights[name])
-        problem = f"takes windows of {wide} samples to have one in each, and {LARGEST_WINDOW} is the limit"
+        problem = f"takes windows of more than {LARGEST_WINDOW} samples, the limit, to have one in each"
         raise RecipeError(f"{field}.{least}", problem, "write 0 or a larger weight")
 
 

@@ -2,14 +2,14 @@
 
 Each stage after the first has a range of its own at the end of the source, of whole documents and as long as it needs;
 the first stage has what is before and all generations of shards that were added later. So no stage repeats another.
-Where that would take more than half of a source, or leave no sample, every stage has the whole source.
+Where that would take more than half of a source, or leave no sample, every stage has the whole source. When a run is
+told something else in mid-run, stages that have begun keep what they have, and the others are given theirs anew.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
-from copy import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -22,6 +22,10 @@ CACHED_PERMUTATIONS = 8
 
 Span = tuple[int, int]
 """Tokens [start, end) of a source."""
+
+
+def _overlap(first: Span, second: Span) -> bool:
+    return max(first[0], second[0]) < min(first[1], second[1])
 
 
 def _itself(token: int) -> int:
@@ -103,6 +107,41 @@ def divide(size: SourceSize, first: Need, later: Sequence[Need]) -> list[list[Sp
     return [[(0, border), *added], *reversed(ranges)]
 
 
+def divide_anew(size: SourceSize, kept: Iterable[Span], needs: Sequence[Need]) -> list[list[Span]]:
+    """What stages that have read nothing of a source have of it, beside stages that have begun to read it.
+
+    Args:
+        size: of the source.
+        kept: spans of the stages that have begun.
+        needs: of the others, in order.
+
+    Returns:
+        Spans of each of `needs`, in the order of its reading: whole documents at the end of what no stage has, as long
+        as it needs. Where there is less, all that no stage has, and then the rest of the source, which others read too.
+    """
+    taken, found = list(kept), list[list[Span]]()
+    for need in reversed(needs):
+        free = _outside(taken, size)
+        room = next((span for span in reversed(free) if span[1] - span[0] >= need.tokens), None)
+        if room:
+            spans = [(size.document_start(room[1] - need.tokens), room[1])]
+        else:
+            spans = [*free, *_outside(free, size), *size.spans[1:]]
+        found.append(spans)
+        taken += spans
+    return found[::-1]
+
+
+def _outside(taken: Iterable[Span], size: SourceSize) -> list[Span]:
+    """What none of these spans has of the first generation, ascending."""
+    whole, found, reached = size.generations[0], list[Span](), 0
+    for start, end in sorted([*taken, (whole, whole)]):
+        if reached < start <= whole:
+            found.append((reached, start))
+        reached = max(reached, end)
+    return found
+
+
 class StageRange:
     """What one stage reads of one source, and in which order.
 
@@ -111,7 +150,7 @@ class StageRange:
     change nothing of the first epoch's samples before them.
 
     Args:
-        spans: tokens of the source, ascending.
+        spans: tokens of the source, in the order of their reading.
         sequence_length: tokens of a sample without its last label.
         key: parts of the key of the permutations; see `order_key`.
 
@@ -133,9 +172,28 @@ class StageRange:
         """Tokens that an epoch trains on."""
         return self.samples * self.sequence_length
 
-    def tokens_of(self, spans: int) -> int:
-        """Tokens that an epoch trains on in the first `spans` spans, or in all if there are fewer."""
-        return self._ends[min(spans, len(self._ends)) - 1] * self.sequence_length
+    def tokens_before(self, added: int) -> int:
+        """Tokens that an epoch trains on before it comes to a span that begins at token `added` or later."""
+        ends = zip(self.spans, [0, *self._ends], strict=False)
+        return next((end for (start, _), end in ends if start >= added), self.samples) * self.sequence_length
+
+    def times_read(self, tokens: int) -> Iterator[tuple[Span, Fraction]]:
+        """How often each span was read, on average, after `tokens` tokens of the stage.
+
+        A span is without the rest at its end that is no whole sample; one that has no sample is left out.
+        """
+        epochs, rest = divmod(tokens // self.sequence_length, self.samples)
+        for (start, _), before, after in zip(self.spans, [0, *self._ends], self._ends, strict=False):
+            if after > before:
+                share = Fraction(min(max(rest - before, 0), after - before), after - before)
+                yield (start, start + (after - before) * self.sequence_length), epochs + share
+
+    def samples_outside(self, read: Sequence[Span]) -> int:
+        """Samples of an epoch before the first span that has text in common with these."""
+        for span, before in zip(self.spans, [0, *self._ends], strict=False):
+            if any(_overlap(span, other) for other in read):
+                return before
+        return self.samples
 
     def place(self, number: int) -> tuple[int, int, int]:
         """Where the stage's sample `number` of the source lies, counted from 0 over all phases.
@@ -160,62 +218,45 @@ class SourceRanges:
 
     Args:
         size: of the source.
-        first: need of the run's first stage; without samples if it does not read the source.
-        later: needs of the stages after it that read the source, in order.
-        key: parts of the key of the order.
+        by_stage: range of each stage that reads the source, in order.
 
     Attributes:
-        size: see above.
-        by_stage: range of each stage that reads the source, in order.
-        shared: whether several stages read the whole source, because it is too small for ranges.
+        size, by_stage: see above.
+        sharing: stages whose range has text in common with another's.
     """
 
-    def __init__(self, size: SourceSize, first: Need, later: Sequence[Need], key: tuple[int | str, ...]) -> None:
+    def __init__(self, size: SourceSize, by_stage: Mapping[str, StageRange]) -> None:
         self.size = size
-        spans = divide(size, first, later)
-        readers = [first, *later]
-        parts = [
-            StageRange(part, need.sequence_length, (*key, need.stage))
-            for need, part in zip(readers, spans or [size.spans] * len(readers), strict=True)
-        ]
-        self.by_stage = {need.stage: part for need, part in zip(readers, parts, strict=True) if need.samples}
-        self._divided = sum(part.tokens for part in parts)
-        self.shared = spans is None and len(self.by_stage) > 1
-        self._key = key
-
-    def shared_with(self, stage: str, sequence_length: int) -> SourceRanges:
-        """A copy in which another stage reads the whole source; nothing changes for those that read it already."""
-        other = copy(self)
-        whole = StageRange(self.size.spans, sequence_length, (*self._key, stage))
-        other.by_stage, other.shared = {**self.by_stage, stage: whole}, True
-        return other
+        self.by_stage = by_stage
+        self.sharing = tuple(stage for stage in by_stage if self._has_what_others_have(stage))
 
     def epochs(self, read: Mapping[str, int]) -> Fraction:
-        """How often the source was read: tokens read over the tokens of all ranges, also of one that no stage reads."""
-        return Fraction(sum(read.values()), self.size.tokens if self.shared else self._divided)
+        """How often the source was read: tokens read over its tokens."""
+        return Fraction(sum(read.values()), self.size.tokens)
 
-    def readings(self, read: Mapping[str, int]) -> Fraction:
-        """How often the part that was read most was read: the range of a stage, and what all of them share."""
-        shares = self._shares(read)
-        whole = {stage for stage in shares if self.by_stage[stage].spans == tuple(self.size.spans)}
-        own = max((share for stage, share in shares.items() if stage not in whole), default=Fraction(0))
-        return own + sum((shares[stage] for stage in whole), Fraction(0))
+    def most_read(self, read: Mapping[str, int]) -> dict[str, Fraction]:
+        """How often each stage has read the part that was read most."""
+        return max((times for _, times in self._parts(read)), key=lambda times: sum(times.values()))
 
     def read_twice(self, read: Mapping[str, int]) -> Fraction:
         """Share of the source that was read more than once.
 
-        Of a shared source the share to be expected: each stage reads it in an order of its own.
+        Of what several stages have the share to be expected: each reads it in an order of its own.
         """
-        shares = self._shares(read)
-        again = {stage: min(max(share - 1, Fraction(0)), Fraction(1)) for stage, share in shares.items()}
-        if not self.shared:
-            twice = sum((again[stage] * self.by_stage[stage].tokens for stage in read), Fraction(0))
-            return twice / self._divided
-        never, once = Fraction(1), Fraction(0)
-        for stage, share in shares.items():
-            unread, single = 1 - min(share, Fraction(1)), min(share, Fraction(1)) - again[stage]
-            never, once = never * unread, once * unread + never * single
-        return 1 - never - once
+        again = Fraction(0)
+        for tokens, times in self._parts(read):
+            never, once = Fraction(1), Fraction(0)
+            for often in times.values():
+                unread, single = max(1 - often, Fraction(0)), max(1 - abs(1 - often), Fraction(0))
+                never, once = never * unread, once * unread + never * single
+            again += tokens * (1 - never - once)
+        return again / self.size.tokens
+
+    def first_again(self, stage: str, read: Mapping[str, int]) -> int:
+        """Samples that a stage reads before the first one that it, or a stage that has read so much, may have read."""
+        times = (part for other, tokens in read.items() for part in self.by_stage[other].times_read(tokens))
+        found = [span for span, often in times if often]
+        return self.by_stage[stage].samples_outside(found)
 
     def keeps(self, generations: tuple[int, ...], read: Mapping[str, int]) -> bool:
         """Whether the same samples would have been read, had the source's generations been these, as they once were.
@@ -225,9 +266,58 @@ class SourceRanges:
         if self.size.generations[: len(generations)] != generations:
             return False
         parts = {stage: self.by_stage[stage] for stage in read}
-        ends = {stage: part.tokens_of(len(generations)) for stage, part in parts.items()}
+        ends = {stage: part.tokens_before(sum(generations)) for stage, part in parts.items()}
         return all(ends[stage] == parts[stage].tokens or tokens <= ends[stage] for stage, tokens in read.items())
 
-    def _shares(self, read: Mapping[str, int]) -> dict[str, Fraction]:
-        """How often each stage read its range."""
-        return {stage: Fraction(tokens, self.by_stage[stage].tokens) for stage, tokens in read.items()}
+    def _has_what_others_have(self, stage: str) -> bool:
+        others = [span for other, part in self.by_stage.items() if other != stage for span in part.spans]
+        part = self.by_stage[stage]
+        return part.samples_outside(others) < part.samples
+
+    def _parts(self, read: Mapping[str, int]) -> Iterator[tuple[int, dict[str, Fraction]]]:
+        """What is between the borders of ranges: its tokens, and how often each stage that has it has read it."""
+        found = [(stage, *part) for stage, tokens in read.items() for part in self.by_stage[stage].times_read(tokens)]
+        borders = sorted({border for _, span, _ in found for border in span})
+        for start, end in pairwise(borders):
+            yield end - start, {stage: often for stage, span, often in found if _overlap(span, (start, end))}
+
+
+def ranges_at_begin(size: SourceSize, first: Need, later: Sequence[Need], key: tuple[int | str, ...]) -> SourceRanges:
+    """The ranges that a run begins with.
+
+    Args:
+        size: of the source.
+        first: need of the run's first stage; without samples if it does not read the source.
+        later: needs of the stages after it that read the source, in order.
+        key: parts of the key of the order.
+    """
+    readers = [first, *later]
+    spans = divide(size, first, later) or [size.spans] * len(readers)
+    return SourceRanges(
+        size,
+        {
+            need.stage: StageRange(part, need.sequence_length, (*key, need.stage))
+            for need, part in zip(readers, spans, strict=True)
+            if need.samples
+        },
+    )
+
+
+def ranges_in_midrun(
+    size: SourceSize, kept: Mapping[str, StageRange], needs: Sequence[Need], key: tuple[int | str, ...]
+) -> SourceRanges:
+    """The ranges of a run that is told something else.
+
+    Args:
+        size: of the source.
+        kept: ranges of stages that have begun, which stay what they are.
+        needs: of all stages that read the source, in order.
+        key: parts of the key of the order.
+    """
+    others = [need for need in needs if need.stage not in kept]
+    spans = divide_anew(size, [span for part in kept.values() for span in part.spans], others)
+    made = {
+        need.stage: StageRange(part, need.sequence_length, (*key, need.stage))
+        for need, part in zip(others, spans, strict=True)
+    }
+    return SourceRanges(size, {need.stage: kept.get(need.stage) or made[need.stage] for need in needs})

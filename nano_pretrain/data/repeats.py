@@ -13,9 +13,10 @@ class Repetition:
 
     Attributes:
         readings: how often the part is read that is read most; what `data.max_epochs` limits.
-        share: of the source that is read more than once; of a shared source as it is to be expected.
+        share: of the source that is read more than once; of what several stages read as it is to be expected.
         begins: tokens of the run after which its second reading begins.
-        shared_by: stages that each read the whole source, because it is too small for ranges of their own; else none.
+        shared_by: stages that may read the same text, because the source is too small for ranges of their own, or had
+            been divided when they were told to read more of it; else none.
     """
 
     readings: float
@@ -30,20 +31,18 @@ def repetitions(curriculum: Curriculum) -> dict[str, Repetition]:
     for source, read in by_source(curriculum.consumed(curriculum.total_tokens)).items():
         ranges = curriculum.sources[source]
         if share := ranges.read_twice(read):
-            shared_by = tuple(ranges.by_stage) if ranges.shared else ()
-            begins = _second_reading(curriculum, source)
-            found[source] = Repetition(float(ranges.readings(read)), float(share), begins, shared_by)
+            readings = float(sum(ranges.most_read(read).values()))
+            found[source] = Repetition(readings, float(share), _second_reading(curriculum, source), ranges.sharing)
     return found
 
 
 def _second_reading(curriculum: Curriculum, source: str) -> int:
     """Tokens of the run before the first sample that may have been read before."""
-    ranges, read_before = curriculum.sources[source], False
+    ranges, read = curriculum.sources[source], dict[str, int]()
     for stage in curriculum.stages:
         if stage.name in ranges.by_stage:
-            # A stage that shares the source begins to repeat the stages before it with its first sample.
-            first = 0 if ranges.shared and read_before else ranges.by_stage[stage.name].samples
+            first = ranges.first_again(stage.name, read)
             if stage.reads[source] > first:
                 return stage.start_tokens + stage.sample_of(source, first) * stage.sequence_length
-            read_before = read_before or stage.reads[source] > 0
+            read[stage.name] = stage.reads[source] * stage.sequence_length
     raise ValueError(f"{source} is not read twice")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 from nano_pretrain.data.blend import PhaseBlend
 from nano_pretrain.recipe.schema import StageConfig
@@ -37,6 +38,21 @@ class PhasePlan:
         """Samples of each source in the stage after the first `samples` samples of the phase."""
         counts = self.blend.counts(samples)
         return {name: self.given.get(name, 0) + counts.get(name, 0) for name in {**self.given, **counts}}
+
+
+@dataclass(frozen=True)
+class Plateau:
+    """Tokens of the run in which the weights of the sources are constant.
+
+    Attributes:
+        start_tokens: tokens the run has consumed before it.
+        end_tokens: tokens the run has consumed after it.
+        shares: of what it reads, of each source of its phase, as the ledger counts them; they add up to 1.
+    """
+
+    start_tokens: int
+    end_tokens: int
+    shares: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -94,6 +110,15 @@ class StagePlan:
         """Samples of each source over the whole stage."""
         last = self.phases[-1]
         return last.given_after(last.samples)
+
+    def plateaus(self, phase: PhasePlan) -> Iterator[Plateau]:
+        """The steps of a phase's ramp, if it has one, and the rest of the phase."""
+        borders = [*(start for start, _ in phase.blend.parts if start < phase.samples), phase.samples]
+        for start, end in pairwise(borders):
+            before, after = phase.blend.counts(start), phase.blend.counts(end)
+            shares = {name: (after[name] - before[name]) / (end - start) for name in after}
+            first, last = (phase.start_tokens + samples * self.sequence_length for samples in (start, end))
+            yield Plateau(first, last, shares)
 
     def sample_of(self, source: str, number: int) -> int:
         """The sample of the stage that is sample `number` of a source of which it reads more than that."""

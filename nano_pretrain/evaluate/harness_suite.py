@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -40,7 +42,13 @@ class HarnessSuite:
         self._tasks = load_tasks(options) if first_rank else None
 
     def evaluate(
-        self, subject: Subject, model: Any, layout: ParallelConfig, stage: StageConfig, tokens: int
+        self,
+        subject: Subject,
+        model: Any,
+        layout: ParallelConfig,
+        stage: StageConfig,
+        tokens: int,
+        there: Sequence[Mapping[str, Any]] = (),
     ) -> list[dict[str, Any]]:
         """Evaluate a model, on all of its ranks together.
 
@@ -50,9 +58,10 @@ class HarnessSuite:
             layout: of the ranks.
             stage: whose micro-batches are the measure of a forward pass.
             tokens: consumed; as many are read at a time as the longest sample so far had.
+            there: lines of the same model, which are not made again.
 
         Returns:
-            The lines of `harness.scores`, each with "precision"; none on other ranks than the first.
+            The other lines of `harness.scores`, each with "precision"; none on other ranks than the first.
         """
         shape_of = partial(pass_shape, self._recipe, layout=layout, stage=stage)
         longest = trained_length(self._recipe, tokens)
@@ -62,6 +71,10 @@ class HarnessSuite:
             return []
         from nano_pretrain.evaluate.harness import scores
 
-        found = scores(requests, self._tokenizer, self._tasks, self._options.harness_limit)
+        precision, limit = self._recipe.precision.name, self._options.harness_limit
+        known = {(line["task"], line["examples"]) for line in there if line["precision"] == precision}
+        wanted = {(name, min(len(task.eval_docs), limit or sys.maxsize)) for name, task in self._tasks["tasks"].items()}
+        # All or none: a group of tasks has a score over all of them.
+        found = [] if wanted <= known else scores(requests, self._tokenizer, self._tasks, limit)
         requests.end()
-        return [{"precision": self._recipe.precision.name, **line} for line in found]
+        return [{"precision": precision, **line} for line in found if (line["task"], line["examples"]) not in known]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -75,34 +75,37 @@ class LengthSuite:
         shapes = (pass_shape(self._recipe, length, layout, stage) for length in self.options.lengths)
         return [(filled, min(rows, self.options.examples)) for filled, rows in shapes]
 
-    def evaluate(self, subject: Subject, shapes: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
+    def evaluate(
+        self, subject: Subject, shapes: Sequence[tuple[int, int]], there: Sequence[Mapping[str, Any]] = ()
+    ) -> list[dict[str, Any]]:
         """Evaluate a model, on all of its ranks together.
 
         Args:
             subject: the model.
             shapes: of the forward passes at each length.
+            there: lines of the same model, of which those with the same settings and all tasks are not made again.
 
         Returns:
-            For each length {"length", "precision", "examples", "seed", "retrieval": {task: {"chance", "rank": {"score",
-            "standard_error"}, "match": the same or None}}, "positions": see `LossByPosition.evaluate`}.
+            For each other length {"length", "precision", "examples", "seed", "retrieval": {task: {"chance", "rank":
+            {"score", "standard_error"}, "match": the same or None}}, "positions": see `LossByPosition.evaluate`}.
         """
         prompts, options, lines = Prompts(self.tokenizer), self.options, []
         for positions, shape in zip(self._positions, shapes, strict=True):
+            settings = {
+                "length": positions.length,
+                "precision": self._recipe.precision.name,
+                "examples": options.examples,
+                "seed": options.seed,
+            }
+            if any(settings.items() <= line.items() and {*options.tasks} <= {*line["retrieval"]} for line in there):
+                continue
             passes, done = self._passes(shape, subject), partial(_in_tokens, subject.progress, positions.length)
             retrieval = {}
             for task in options.tasks:
                 examples = prompts.examples(task, positions.length, options.examples, options.seed)
                 retrieval[task] = self._score(subject, passes, examples, done)
-            lines.append(
-                {
-                    "length": positions.length,
-                    "precision": self._recipe.precision.name,
-                    "examples": options.examples,
-                    "seed": options.seed,
-                    "retrieval": retrieval,
-                    "positions": positions.evaluate(subject.run, passes, done),
-                }
-            )
+            by_position = positions.evaluate(subject.run, passes, done)
+            lines.append({**settings, "retrieval": retrieval, "positions": by_position})
         return lines
 
     def _passes(self, shape: tuple[int, int], subject: Subject) -> Passes:

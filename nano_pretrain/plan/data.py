@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from nano_pretrain.data.curriculum import Curriculum
 from nano_pretrain.data.long_text import LITTLE, LongText, long_text
-from nano_pretrain.data.ranges import SourceSize
 from nano_pretrain.data.repeats import Repetition, repetitions
 from nano_pretrain.data.shards import MANIFEST_NAME, open_corpus
+from nano_pretrain.data.sizeless import sizeless_curriculum
 from nano_pretrain.recipe.schema import Recipe
 from nano_pretrain.report import words
-
-ENDLESS = SourceSize((10**30,))
-"""A source whose size is not known: more tokens than any run reads, so that none is read twice."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ def plan_data(recipe: Recipe) -> DataPlan:
     path = Path(recipe.data.path)
     corpus = open_corpus(path) if (path / MANIFEST_NAME).exists() else None
     sizes = corpus.sizes if corpus else None
-    curriculum = Curriculum(recipe, sizes or dict.fromkeys(_named_sources(recipe), ENDLESS))
+    curriculum = Curriculum(recipe, sizes) if sizes else sizeless_curriculum(recipe)
     tokens = curriculum.consumed(curriculum.total_tokens)
     epochs, repeats = curriculum.epochs(tokens), repetitions(curriculum)
     sources = {
@@ -85,7 +83,35 @@ def repetition_notes(repeats: Mapping[str, Repetition], sources: int) -> Iterato
         yield f"{len(repeats)} of {sources} sources are read more than once, {begins}"
     for stages in dict.fromkeys(again.shared_by for again in repeats.values() if again.shared_by):
         names = ", ".join(name for name, again in repeats.items() if again.shared_by == stages)
-        yield f"too small to be divided between {' and '.join(stages)}, so that each reads the whole: {names}"
+        why = "too small, or begun before more was needed"
+        yield f"not divided between {' and '.join(stages)} ({why}), so that they may read the same: {names}"
+
+
+def short_phase_notes(curriculum: Curriculum) -> Iterator[str]:
+    """Phases that are over before their quotas first hold."""
+    for stage in curriculum.stages:
+        for phase in stage.phases:
+            window = phase.blend.parts[0][1].window
+            if phase.samples < window:
+                weights = stage.config.phases[phase.name].blend
+                (part,) = stage.plateaus(phase)
+                asked = {source: weights[source] / sum(weights.values()) for source in part.shares}
+                source = max(asked, key=lambda name: abs(part.shares[name] - asked[name]))
+                yield (
+                    f"stages.{stage.name}.phases.{phase.name}: its {phase.samples} samples end inside the first window "
+                    f"of {window} (data.quota_window), so that shares are near what is asked only: {source} has "
+                    f"{part.shares[source]:.1%} for {asked[source]:.1%}; lower data.quota_window or drop small weights"
+                )
+
+
+def shorter_stage_notes(curriculum: Curriculum) -> Iterator[str]:
+    """Stages whose samples are shorter than those of the stage before."""
+    for before, stage in pairwise(curriculum.stages):
+        if stage.sequence_length < before.sequence_length:
+            yield (
+                f"stages.{stage.name}.sequence_length: {stage.sequence_length:,} tokens are fewer than the "
+                f"{before.sequence_length:,} of stage {before.name}"
+            )
 
 
 def short_text_notes(found: Mapping[str, LongText]) -> Iterator[str]:
@@ -97,9 +123,3 @@ def short_text_notes(found: Mapping[str, LongText]) -> Iterator[str]:
                 f"documents of at least {text.least:,} tokens, and samples of the stage before have {text.before:,}; "
                 "prepare long documents, for example long_document_qa, or lower it"
             )
-
-
-def _named_sources(recipe: Recipe) -> list[str]:
-    """Sources of all blends, in the order in which they first occur."""
-    phases = [phase for stage in recipe.stages.values() for phase in stage.phases.values()]
-    return list(dict.fromkeys(str(source) for phase in phases for source in phase.blend))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -86,13 +85,11 @@ def _turns(schedule: ScheduleConfig, length: int) -> list[int]:
 def _blend(ax: Axes, stage: StagePlan, look: dict[str, Look]) -> None:
     """A bar for each phase, and one for each plateau of a ramp."""
     for phase in stage.phases:
-        borders = [*(start for start, _ in phase.blend.parts if start < phase.samples), phase.samples]
-        for start, end in pairwise(borders):
-            before, after = phase.blend.counts(start), phase.blend.counts(end)
-            left, width, low = (phase.first_sample + start) * stage.sequence_length, end - start, 0.0
+        for part in stage.plateaus(phase):
+            left, width, low = part.start_tokens - stage.start_tokens, part.end_tokens - part.start_tokens, 0.0
             for name, style in look.items():
-                share = 100 * (after.get(name, 0) - before.get(name, 0)) / width
-                area = ax.bar(left, share, width * stage.sequence_length, low, align="edge", color=style.colour)
+                share = 100 * part.shares.get(name, 0)
+                area = ax.bar(left, share, width, low, align="edge", color=style.colour)
                 area[0].set(hatch=style.hatch, edgecolor="white", linewidth=0.7)
                 low += share
     ax.set_ylim(0, 100)

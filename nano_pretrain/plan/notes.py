@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from nano_pretrain.plan.calibration import Calibration
-from nano_pretrain.plan.data import repetition_notes, short_text_notes
+from nano_pretrain.plan.data import repetition_notes, short_phase_notes, short_text_notes, shorter_stage_notes
 from nano_pretrain.plan.device import Device
 from nano_pretrain.plan.room import without_room_on
 from nano_pretrain.plan.whole import Plan
@@ -33,6 +33,8 @@ def warnings(plan: Plan) -> Iterator[str]:
     repeats = {name: use.repeats for name, use in plan.data.sources.items() if use.repeats}
     yield from repetition_notes(repeats, len(plan.data.sources))
     yield from short_text_notes(plan.data.long_text)
+    yield from shorter_stage_notes(plan.data.curriculum)
+    yield from short_phase_notes(plan.data.curriculum)
     if plan.recipe.precision.name.startswith("fp8") and plan.device.platform == "cpu":
         yield f"{plan.recipe.precision.name} is counted as BF16, in time and memory: a CPU has no FP8 products"
 

@@ -72,8 +72,11 @@ def prepare(recipe: Recipe) -> None:
         with annex(target) as directory, _progress(console) as progress:
             before = read_manifest(target)
             manifest = _Builder(recipe, corpus, writer, directory, progress).add(wanted, target, before)
+            done = _added(before, manifest)
+            if not any(directory.rglob("*.bin")):
+                console.print(f"{target}: {done}")
+                return
             move_in(directory, target, last=MANIFEST_NAME)
-        done = _added(before, manifest)
     else:
         with workspace(target) as directory, _progress(console) as progress:
             manifest = _Builder(recipe, corpus, writer, directory, progress).build(wanted)

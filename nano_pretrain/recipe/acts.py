@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from nano_pretrain.recipe.errors import UserError
 from nano_pretrain.recipe.load import differences, recorded_recipe, refuse_difference
 from nano_pretrain.recipe.schema import Recipe, Resume
 
 HISTORY = "recipe_history.jsonl"
+VALUES: Mapping[str, tuple[type, ...]] = {"extend_to": (int, NoneType), "global_batch_size": (int,), "blend": (dict,)}
+"""What a recorded field can be, by the last part of its name."""
 
 
 @dataclass(frozen=True)
@@ -94,11 +99,22 @@ def read_acts(directory: Path) -> tuple[Act, ...]:
     """
     try:
         lines = (directory / HISTORY).read_text().splitlines()
-        return tuple(Act(**json.loads(line)) for line in lines)
-    except FileNotFoundError:
+        return tuple(_checked(Act(**json.loads(line))) for line in lines)
+    except (FileNotFoundError, NotADirectoryError):
         return ()
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(directory, error) from error
+
+
+def _checked(act: Act) -> Act:
+    """An act that a start may have written, of any moment: a run that fell back may be told of an earlier one."""
+    kinds = VALUES[act.field.rpartition(".")[2]]
+    if type(act.tokens) is not int or act.tokens < 0:
+        raise ValueError(f"tokens is {act.tokens!r}")
+    for value in (act.before, act.after):
+        if type(value) not in kinds or (type(value) is int and value < 1):
+            raise ValueError(f"{act.field} is {value!r}")
+    return act
 
 
 def _damaged(directory: Path, error: Exception) -> UserError:
@@ -111,9 +127,24 @@ def written(acts: Iterable[Act]) -> str:
 
 
 def _named(field: str, overrides: Sequence[str]) -> bool:
-    """Whether a command writes the field, or a part of it."""
-    names = [override.partition("=")[0].lstrip("+~") for override in overrides]
-    return any(name == field or name.startswith(f"{field}.") for name in names)
+    """Whether a command writes the field, a part of it, or a mapping with it."""
+    for override in overrides:
+        name = override.partition("=")[0].lstrip("+~")
+        if f"{name}.".startswith(f"{field}."):
+            return True
+        if field.startswith(f"{name}.") and _within(field.removeprefix(f"{name}.").split("."), override):
+            return True
+    return False
+
+
+def _within(path: Sequence[str], override: str) -> bool:
+    """Whether the value of an override is a mapping with the entry at `path`."""
+    node = OverridesParser.create().parse_override(override).value()
+    for part in path:
+        if not isinstance(node, dict) or part not in node:
+            return False
+        node = node[part]
+    return True
 
 
 def _earlier(field: str, acts: Sequence[Act]) -> list[Any]:

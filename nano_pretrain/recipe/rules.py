@@ -59,6 +59,7 @@ LARGEST = {
     **dict.fromkeys(("sequence_length", "global_batch_size", "micro_batch_size", "gpus", "start", "increment"), 10**9),
     **dict.fromkeys(("train_bytes", "max_bytes_per_source", "tokens_per_source"), 10**15),
     "quota_window": 2**20,
+    "share": 1,
     **dict.fromkeys(("every", "fp8_every"), 10**15),
     **dict.fromkeys(("lr", "init_std", "weight_decay", "temperature"), 100),
     **dict.fromkeys(("norm_epsilon", "eps"), 1),

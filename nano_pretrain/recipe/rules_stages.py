@@ -21,7 +21,7 @@ def whole_steps(recipe: Recipe) -> None:
 
 
 def batch_ramps(recipe: Recipe) -> None:
-    """A batch grows by something, before its stage is over.
+    """A batch grows by something, before its stage is over, or nothing is said of its growth.
 
     What it grows to may be told anew in mid-run: `check_ramp` compares with what the run began with.
     """
@@ -31,9 +31,15 @@ def batch_ramps(recipe: Recipe) -> None:
 
 def _check_growth(stage_name: str, stage: StageConfig) -> None:
     ramp, field = stage.batch_ramp, f"stages.{stage_name}.batch_ramp"
-    if ramp.start and not ramp.increment:
+    if not ramp.start:
+        for name in ("increment", "ramp_tokens"):
+            if value := getattr(ramp, name):
+                problem = f"{value} does nothing while {field}.start=0"
+                raise RecipeError(f"{field}.{name}", problem, f"write {field}.start=SAMPLES, or {field}.{name}=0")
+        return
+    if not ramp.increment:
         raise RecipeError(f"{field}.increment", "0 never lets the batch grow", "write 1 or more")
-    if ramp.start and not 0 < ramp.ramp_tokens < stage.tokens:
+    if not 0 < ramp.ramp_tokens < stage.tokens:
         problem = f"{ramp.ramp_tokens} is not between 0 and the stage's {stage.tokens}"
         raise RecipeError(f"{field}.ramp_tokens", problem, f"write 1 to {stage.tokens - 1}")
 

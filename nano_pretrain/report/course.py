@@ -6,20 +6,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from math import isfinite, nan
-from typing import Any
 
+from nano_pretrain.data.stage_plan import Plateau
+from nano_pretrain.recipe.derived import stage_tokens
 from nano_pretrain.report.record import Record, mapping, number
 
 
 @dataclass(frozen=True)
 class Span:
-    """One phase: its tokens from `start` to `end`, and the share of each source, which add up to 1."""
+    """One phase: its tokens from `start` to `end`, and its blend, plateau by plateau; none where it is not known."""
 
     stage: str
     phase: str
     start: float
     end: float
-    shares: dict[str, float]
+    blend: tuple[Plateau, ...]
 
 
 @dataclass(frozen=True)
@@ -32,22 +33,24 @@ class Mark:
 
 
 def spans(record: Record) -> list[Span]:
-    """The phases: those that are over as the steps recorded them, the others as the recipe plans them.
-
-    Without a readable recipe all are as recorded.
-    """
-    return _planned(record) or _recorded(record)
+    """The phases as the run reads them, with what it was told; without a readable recipe as its steps recorded them."""
+    if record.curriculum is None:
+        return list(_recorded(record))
+    return [
+        Span(stage.name, phase.name, phase.start_tokens, phase.end_tokens, tuple(stage.plateaus(phase)))
+        for stage in record.curriculum.stages
+        for phase in stage.phases
+    ]
 
 
 def planned_tokens(record: Record) -> float:
     """Tokens of the whole run; NaN when the recipe does not say."""
-    stages = mapping(record.recipe.get("stages"))
-    return sum(_stage_tokens(mapping(stage)) for stage in stages.values()) if stages else float("nan")
+    return record.curriculum.total_tokens if record.curriculum else nan
 
 
 def source_names(record: Record) -> list[str]:
-    """Every source that occurs anywhere, in order of the recipe, then of the ledger and of the evaluations."""
-    names = [name for span in spans(record) for name in span.shares]
+    """Every source that occurs anywhere, in order of the phases, then of the ledger and of the evaluations."""
+    names = [name for span in spans(record) for part in span.blend for name in part.shares]
     names += mapping(record.ledger.get("sources"))
     names += [name for evaluation in record.evaluations for name in evaluation.sources]
     return list(dict.fromkeys(names))
@@ -56,66 +59,28 @@ def source_names(record: Record) -> list[str]:
 def schedule_marks(record: Record) -> list[Mark]:
     """Where warm-up ends and decay begins, stage by stage."""
     marks: list[Mark] = []
-    start = 0.0
-    for stage in map(mapping, mapping(record.recipe.get("stages")).values()):
-        schedule, tokens = mapping(stage.get("schedule")), _stage_tokens(stage)
-        warmup, decay = number(schedule.get("warmup_tokens")), number(schedule.get("decay_tokens"))
-        stable = schedule.get("kind") == "wsd"
-        if warmup > 0:
-            marks.append(Mark(start + warmup, "warm-up to stable" if stable else "warm-up ends", after=True))
-        if decay > 0 and stable:
-            marks.append(Mark(start + tokens - decay, "stable to decay", after=False))
-        start += tokens
+    for stage in record.curriculum.stages if record.curriculum else ():
+        schedule, stable = stage.config.schedule, stage.config.schedule.kind == "wsd"
+        if schedule.warmup_tokens:
+            text = "warm-up to stable" if stable else "warm-up ends"
+            marks.append(Mark(stage.start_tokens + schedule.warmup_tokens, text, after=True))
+        if schedule.decay_tokens and stable:
+            begins = stage.start_tokens + stage_tokens(stage.config) - schedule.decay_tokens
+            marks.append(Mark(begins, "stable to decay", after=False))
     return marks
 
 
-def _planned(record: Record) -> list[Span]:
-    found: list[Span] = []
-    reached = dict(zip(record.steps.places, record.steps.tokens.tolist(), strict=True))
-    now, end = record.steps.places[-1:], 0.0
-    for stage_name, stage in mapping(record.recipe.get("stages")).items():
-        stage_start = end
-        for name, planned, blend in _planned_phases(mapping(stage)):
-            place, start = (stage_name, name), end
-            recorded = max(start, reached.get(place, start))
-            over = place in reached and place not in now
-            # A phase that should have ended before the stage was told to end sooner goes on to where it was told.
-            end = recorded if over else max(stage_start + planned, recorded)
-            shares = _shares(blend) or _ledger_shares(record, *place)
-            found.append(Span(*place, start, end, shares))
-    return [span for span in found if span.end > span.start] if all(isfinite(span.end) for span in found) else []
-
-
-def _planned_phases(stage: dict[str, Any]) -> Iterator[tuple[str, float, object]]:
-    """Name of each phase, tokens of the stage at its end, and its blend; NaN where the recipe does not say."""
-    tokens, share = number(stage.get("tokens")) or nan, 0.0
-    for name, phase in mapping(stage.get("phases")).items():
-        own = mapping(phase)
-        share += number(own["tokens"]) / tokens if own.get("tokens") is not None else number(own.get("share"))
-        yield name, share * _stage_tokens(stage), own.get("blend")
-
-
-def _stage_tokens(stage: dict[str, Any]) -> float:
-    """Tokens at which a stage ends: those that the run was told last, else its own."""
-    told = number(mapping(stage.get("schedule")).get("extend_to"))
-    return told if isfinite(told) else number(stage.get("tokens"))
-
-
-def _recorded(record: Record) -> list[Span]:
-    """Runs of steps in the same phase."""
-    places, tokens = record.steps.places, [0.0, *record.steps.tokens.tolist()]
+def _recorded(record: Record) -> Iterator[Span]:
+    """Runs of steps in the same phase, with the shares of the ledger."""
+    places, tokens = record.steps.places, [0, *map(round, record.steps.tokens.tolist())]
     turns = [i for i in range(len(places)) if i == 0 or places[i] != places[i - 1]]
-    return [
-        Span(*places[first], tokens[first], tokens[last], _ledger_shares(record, *places[first]))
-        for first, last in pairwise([*turns, len(places)])
-    ]
+    for first, last in pairwise([*turns, len(places)]):
+        (stage, phase), (start, end) = places[first], (tokens[first], tokens[last])
+        shares = _shares(mapping(mapping(record.ledger.get("stages")).get(stage)).get(phase))
+        yield Span(stage, phase, start, end, (Plateau(start, end, shares),) if shares else ())
 
 
-def _ledger_shares(record: Record, stage: str, phase: str) -> dict[str, float]:
-    return _shares(mapping(mapping(record.ledger.get("stages")).get(stage)).get(phase))
-
-
-def _shares(weights: object) -> dict[str, float]:
-    known = {name: number(weight) for name, weight in mapping(weights).items()}
+def _shares(read: object) -> dict[str, float]:
+    known = {name: number(tokens) for name, tokens in mapping(read).items()}
     total = sum(known.values())
-    return {name: weight / total for name, weight in known.items()} if isfinite(total) and total > 0 else {}
+    return {name: tokens / total for name, tokens in known.items()} if isfinite(total) and total > 0 else {}

@@ -97,9 +97,11 @@ def ledger_table(record: Record) -> Table:
 
 
 def acts_table(record: Record) -> Table:
-    """What the run was told to change in mid-run; empty for most runs."""
+    """What the run was told to change in mid-run, in the order of its tokens; empty for most runs."""
     header = ("changed in mid-run", "before", "after", "from tokens")
-    return Table(header, [(a.field, as_written(a.before), as_written(a.after), f"{a.tokens:,}") for a in record.acts])
+    # After a fall-back to an earlier checkpoint less tokens may be told of later.
+    acts = sorted(record.acts, key=lambda act: act.tokens)
+    return Table(header, [(a.field, as_written(a.before), as_written(a.after), f"{a.tokens:,}") for a in acts])
 
 
 def quantisation_table(record: Record) -> Table:

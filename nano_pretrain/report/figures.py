@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter
 
-from nano_pretrain.report.course import Span, planned_tokens, schedule_marks, source_names, spans
+from nano_pretrain.data.stage_plan import Plateau
+from nano_pretrain.report.course import planned_tokens, schedule_marks, source_names, spans
 from nano_pretrain.report.curves import median, smooth, thin, window
 from nano_pretrain.report.record import Floats, Record, mapping, number
 from nano_pretrain.report.style import (
@@ -93,16 +94,16 @@ def learning_rate_figure(record: Record) -> Figure:
 
 
 def blend_figure(record: Record) -> Figure:
-    """Share of each source over the tokens of the run, phase by phase."""
-    phases = [span for span in spans(record) if span.shares]
-    if not phases:
+    """Share of each source over the tokens of the run, phase by phase, as it is given: the ledger's numbers."""
+    parts = [part for span in spans(record) for part in span.blend]
+    if not parts:
         raise NothingToShow("Neither the recipe nor the ledger says what the blend is.")
-    names = [name for name in source_names(record) if any(span.shares.get(name, 0) > 0 for span in phases)]
+    names = [name for name in source_names(record) if any(part.shares.get(name, 0) > 0 for part in parts)]
     look = {name: found for name, found in looks(source_names(record)).items() if name in names}
     figure, (ax,) = new_figure(max(4.4, 0.19 * len(names) + 1.2), right=0.78)
     _finish([ax], record, consumed=False)
-    for span in phases:
-        _stack(ax, span, look)
+    for part in parts:
+        _stack(ax, part, look)
     ax.set_ylim(0, 100)
     ax.set_ylabel("share of the tokens (%)", color=INK)
     handles = [_patch(name, look[name]) for name in reversed(names)]
@@ -234,17 +235,17 @@ def _baseline_lines(ax: Axes, record: Record) -> list[EndLabel]:
     return labels
 
 
-def _stack(ax: Axes, span: Span, looks_of: dict[str, Look]) -> None:
-    """One phase as a bar of its whole length, with the shares written in where they fit."""
-    low, width = 0.0, span.end - span.start
+def _stack(ax: Axes, part: Plateau, looks_of: dict[str, Look]) -> None:
+    """One plateau as a bar of its whole length, with the shares written in where they fit."""
+    low, width = 0.0, part.end_tokens - part.start_tokens
     for name, look in looks_of.items():
-        share = 100 * span.shares.get(name, 0)
+        share = 100 * part.shares.get(name, 0)
         if share > 0:
-            area = ax.bar(span.start, share, width, low, align="edge", color=look.colour, hatch=look.hatch)
+            area = ax.bar(part.start_tokens, share, width, low, align="edge", color=look.colour, hatch=look.hatch)
             area[0].set(edgecolor="white", linewidth=0.7)
         if share >= 4:
             text = _fitting([f"{plain(name)} {share:.3g} %", f"{share:.3g} %"], width, ax)
-            place = (span.start + width / 2, low + share / 2)
+            place = (part.start_tokens + width / 2, low + share / 2)
             box = {"facecolor": look.colour, "edgecolor": "none", "pad": 0.8}
             ax.text(*place, text, ha="center", va="center", fontsize=7.5, color=look.text_colour, bbox=box)
         low += share

@@ -13,7 +13,11 @@ import numpy as np
 import numpy.typing as npt
 import yaml
 
+from nano_pretrain.data.curriculum import Curriculum
+from nano_pretrain.data.sizeless import sizeless_curriculum
 from nano_pretrain.recipe.acts import HISTORY, Act
+from nano_pretrain.recipe.load import recorded_recipe
+from nano_pretrain.recipe.rules import check_fields
 
 Floats = npt.NDArray[np.float64]
 
@@ -129,7 +133,10 @@ class Sample:
 
 @dataclass(frozen=True)
 class Record:
-    """All that a run has left; `problems` says in a sentence per file what is missing or broken."""
+    """All that a run has left; `problems` says in a sentence per file what is missing or broken.
+
+    `curriculum` is what the run reads, by its recipe and what it was told; None where they do not say.
+    """
 
     name: str
     steps: Steps
@@ -141,6 +148,7 @@ class Record:
     recipe: dict[str, Any]
     recipe_text: str
     acts: list[Act]
+    curriculum: Curriculum | None
     environment: dict[str, Any]
     baselines: dict[str, Any]
     ledger: dict[str, Any]
@@ -152,6 +160,7 @@ def read_record(run_dir: Path) -> Record:
     """Read what there is in a run's directory; nothing in it is an error."""
     problems: dict[str, str] = {}
     recipe, recipe_text = _read_yaml(run_dir / "recipe.yaml", problems)
+    acts = _acts(run_dir / HISTORY, problems)
     return Record(
         name=run_dir.resolve().name,
         steps=_steps(_read_lines(run_dir / "metrics.jsonl", problems)),
@@ -162,7 +171,8 @@ def read_record(run_dir: Path) -> Record:
         samples=[_sample(line) for line in _read_lines(run_dir / "samples.jsonl", problems)],
         recipe=recipe,
         recipe_text=recipe_text,
-        acts=_acts(run_dir / HISTORY, problems),
+        acts=acts,
+        curriculum=_curriculum(run_dir, acts),
         environment=_read_json(run_dir / "environment.json", problems),
         baselines=_read_json(run_dir / "baselines.json", problems),
         ledger=_read_json(run_dir / "ledger.json", problems),
@@ -274,6 +284,15 @@ def _acts(path: Path, problems: dict[str, str]) -> list[Act]:
         for line in lines
         if isfinite(tokens := number(line.get("tokens")))
     ]
+
+
+def _curriculum(run_dir: Path, acts: list[Act]) -> Curriculum | None:
+    try:
+        recipe = recorded_recipe(run_dir)
+        check_fields(recipe)
+        return sizeless_curriculum(recipe, acts)
+    except Exception:  # Nothing but the run's files is at work, and they may hold anything.
+        return None
 
 
 def _lengths(path: Path, problems: dict[str, str]) -> list[LengthEvaluation]:

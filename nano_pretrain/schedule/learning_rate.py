@@ -73,19 +73,37 @@ def validate_schedule(schedule: ScheduleConfig, stage_tokens: int, field: str) -
         field: dotted name of the schedule, for example "stages.pretrain.schedule".
 
     Raises:
-        RecipeError: an unknown kind or shape, a number that is negative or not finite, `min_lr` above `lr`, or a
-            warm-up and decay that do not fit into the stage.
+        RecipeError: an unknown kind or shape, a number that the kind does not use, `min_lr` above `lr`, or a warm-up
+            and decay that do not fit into the stage.
     """
     _check_choice(f"{field}.kind", schedule.kind, KINDS)
     _check_choice(f"{field}.decay_shape", schedule.decay_shape, tuple(DECAY_SHAPES))
-    for name in ("lr", "min_lr", "warmup_tokens", "decay_tokens"):
-        value = getattr(schedule, name)
-        if not (math.isfinite(value) and value >= 0):
-            raise RecipeError(f"{field}.{name}", f"is {value}", "write a finite number that is not negative")
+    _check_unused(schedule, field)
     if schedule.min_lr > schedule.lr:
         problem = f"{schedule.min_lr} is above the peak {field}.lr={schedule.lr}"
         raise RecipeError(f"{field}.min_lr", problem, "lower min_lr or raise lr")
     _check_lengths(schedule, stage_tokens, field)
+
+
+def check_end(schedule: ScheduleConfig, field: str) -> None:
+    """Check that `extend_to` leaves room for warm-up and decay.
+
+    Raises:
+        RecipeError: it does not.
+    """
+    warmup, decay = schedule.warmup_tokens, schedule.decay_tokens if schedule.kind == "wsd" else 0
+    if schedule.extend_to is not None and schedule.extend_to < warmup + decay:
+        problem = f"{schedule.extend_to} is less than the {warmup} tokens of warm-up and the {decay} of the decay"
+        raise RecipeError(f"{field}.extend_to", problem, f"write at least {warmup + decay}")
+
+
+def _check_unused(schedule: ScheduleConfig, field: str) -> None:
+    """Refuse what is written for another kind; of a constant rate, `min_lr` may say that it ends as it is."""
+    unused = schedule.kind == "constant" and schedule.min_lr not in (0, schedule.lr)
+    for name, nothing in (("min_lr", unused), ("decay_tokens", schedule.kind != "wsd" and schedule.decay_tokens)):
+        if nothing:
+            problem = f"{getattr(schedule, name)} does nothing with {field}.kind={schedule.kind}"
+            raise RecipeError(f"{field}.{name}", problem, f"write {field}.{name}=0, or another kind")
 
 
 def _check_choice(field: str, value: str, choices: tuple[str, ...]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from nano_pretrain.checkpoint.corpus import check_order, check_run_corpus
-from nano_pretrain.checkpoint.manifest import newest_tokens
+from nano_pretrain.checkpoint.manifest import check_history, newest_tokens, unfinished_import
 from nano_pretrain.data.curriculum import Curriculum
 from nano_pretrain.data.long_text import long_text
 from nano_pretrain.data.repeats import repetitions
@@ -46,8 +46,11 @@ def check_before(recipe: Recipe, overrides: Sequence[str], directory: Path, firs
         UserError: a dependency is missing, or corpus, recipe and directory do not belong together, or another trainer
             is at work there.
     """
+    if unfinished_import(directory):
+        raise UserError(f"{directory}: an import into it has not ended; run it again, or remove the directory")
     if newest_tokens(directory) is not None and not (directory / "recipe.yaml").exists():
         raise UserError(f"{directory}: has checkpoints and no recipe.yaml; bring it back or choose another run.name")
+    check_history(directory)
     going_on = continuation(recipe, overrides, directory, newest_tokens(directory) or 0)
     recipe = going_on.recipe
     check(recipe)

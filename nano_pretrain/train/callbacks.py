@@ -20,6 +20,8 @@ from nano_pretrain.evaluate.room import holds_whole_model
 from nano_pretrain.precision.losses import Losses, QuantisationLosses, described, not_finite
 from nano_pretrain.train.session import Session, StepRecord
 
+Lines = list[dict[str, Any]]
+
 
 class Metrics:
     """metrics.jsonl: a line a step."""
@@ -49,8 +51,9 @@ class Validation:
         self.every = every
 
     def on_start(self, session: Session) -> None:
-        """The first evaluation, of the initial weights."""
-        if session.step == 0:
+        """The first evaluation, of the initial weights; the last one, where the run was told to end where it is."""
+        here = session.step == 0 or session.finished
+        if here and not _lines_at(session.directory / "validation.jsonl", session.tokens):
             self._evaluate(session)
 
     def on_step(self, session: Session, record: StepRecord, stopping: bool) -> None:
@@ -78,17 +81,17 @@ class StageEndEvaluation:
 
     Args:
         name: of the file in the run's directory.
-        evaluate: gives lines from the model and the stage, on all ranks together.
+        evaluate: gives lines from the model and the stage, on all ranks together, but for those of the same conditions
+            that the file has of the same tokens.
     """
 
-    def __init__(self, name: str, evaluate: Callable[[Subject, StagePlan], list[dict[str, Any]]]) -> None:
+    def __init__(self, name: str, evaluate: Callable[[Subject, StagePlan, Lines], Lines]) -> None:
         self.name = name
         self.evaluate = evaluate
 
     def on_start(self, session: Session) -> None:
-        """Evaluate where a kill came between the checkpoint of a stage's end and the end of the evaluation."""
-        if session.tokens and session.tokens not in _evaluated(session.directory / self.name):
-            self._evaluate(session)
+        """Evaluate what a kill between the checkpoint of a stage's end and the last line has left out."""
+        self._evaluate(session)
 
     def on_step(self, session: Session, record: StepRecord, stopping: bool) -> None:
         """Evaluate after the last step of a stage."""
@@ -100,7 +103,8 @@ class StageEndEvaluation:
     def _evaluate(self, session: Session) -> None:
         if not session.at_stage_end:
             return
-        stage = session.curriculum.stage_at(session.tokens - 1)
+        stage, path = session.curriculum.stage_at(session.tokens - 1), session.directory / self.name
+        there = _lines_at(path, session.tokens)
         trainable, corpus = session.trainable, session.corpus
         complete = None
         if holds_whole_model(session.recipe, session.layout, session.platform.name):
@@ -108,19 +112,18 @@ class StageEndEvaluation:
         subject = Subject(trainable.run, complete, next(trainable.model.parameters()).device)
         trainable.gather_parameters()
         trainable.wrapped.eval()
-        lines = self.evaluate(subject, stage)
+        lines = self.evaluate(subject, stage, there)
         trainable.wrapped.train()
         if session.ranks.is_first:
             place = {"tokens": session.tokens, "stage": stage.name}
             for line in lines:
-                append_line(session.directory / self.name, {**place, **line})
+                append_line(path, {**place, **line})
 
 
-def _evaluated(path: Path) -> set[int]:
-    """Consumed tokens of the lines there are; every rank reads them before the first rank adds some."""
-    if not path.exists():
-        return set()
-    return {json.loads(line)["tokens"] for line in path.read_text().splitlines()}
+def _lines_at(path: Path, tokens: int) -> Lines:
+    """The lines there are of so many consumed tokens; every rank reads them before the first rank adds some."""
+    lines = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
+    return [line for line in lines if line["tokens"] == tokens]
 
 
 class Quantisation:
@@ -192,6 +195,7 @@ class Checkpoints:
                 (session.tokens, session.step),
                 session.layout_summary(),
                 session.corpus,
+                len(session.curriculum.acts),
                 session.checkpoint_bytes(),
             )
         if session.ranks.is_first:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from nano_pretrain.data.loader import BatchReader
 from nano_pretrain.data.stage_plan import StagePlan
 from nano_pretrain.parallel.groups import data_parallel_place
-from nano_pretrain.recipe.derived import stage_tokens
+from nano_pretrain.recipe.derived import stage_ranks, stage_tokens
 from nano_pretrain.recipe.errors import RunError, UserError
 from nano_pretrain.recipe.split import stage_build
 from nano_pretrain.schedule.learning_rate import learning_rate
@@ -123,5 +123,8 @@ def _ending(session: Session, stop: bool, request: StopRequest) -> Ending | None
     if following is not current and stage_build(session.recipe, following.config) != stage_build(
         session.recipe, current.config
     ):
-        return Ending(f"stage {following.name} needs other ranks or another layout", restart=True)
+        ranks = stage_ranks(session.recipe, following.config)
+        return Ending(
+            f"stage {following.name} needs {ranks} rank{'s' * (ranks > 1)}, built for its layout", restart=True
+        )
     return None

@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import cache
 from itertools import chain, takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -44,7 +44,7 @@ from nano_pretrain.recipe.load import to_yaml
 from nano_pretrain.recipe.schema import ParallelConfig, Recipe
 from nano_pretrain.recipe.split import stage_build
 from nano_pretrain.train.before import next_stage
-from nano_pretrain.train.callbacks import Checkpoints, Metrics, Quantisation, StageEndEvaluation, Validation
+from nano_pretrain.train.callbacks import Checkpoints, Lines, Metrics, Quantisation, StageEndEvaluation, Validation
 from nano_pretrain.train.directory import full_disk_is_the_users_to_mend, only_trainer, truncate_streams
 from nano_pretrain.train.environment import check_same_kernels, environment, recorded_kernels
 from nano_pretrain.train.exit_file import ExitFile
@@ -138,10 +138,8 @@ def _train(
         stopped = run_loop(session, reader, _callbacks(session, heldout), request)
         if stopped is not None:
             if ranks.is_first:
-                print(
-                    f"{directory}: {stopped.reason}; checkpoint at {session.tokens:,} tokens, run again to continue",
-                    flush=True,
-                )
+                go_on = "start so many, as `launch` does by itself" if stopped.restart else "run again to continue"
+                print(f"{directory}: {stopped.reason}; checkpoint at {session.tokens:,} tokens, {go_on}", flush=True)
             # A signal that came while the last callbacks were at work is a stop as well.
             return EXIT_CONTINUE, stopped.reason, stopped.restart and request.signal_name is None
         _finish(session, heldout)
@@ -256,8 +254,8 @@ def _evaluations(session: Session) -> Iterator[StageEndEvaluation]:
     if options.lengths:
         length = LengthSuite(options, recipe, session.corpus)
 
-        def by_length(subject: Subject, stage: StagePlan) -> list[dict[str, Any]]:
-            return length.evaluate(subject, length.shapes(session.layout, stage.config))
+        def by_length(subject: Subject, stage: StagePlan, there: Lines) -> Lines:
+            return length.evaluate(subject, length.shapes(session.layout, stage.config), there)
 
         yield StageEndEvaluation("evaluation.jsonl", by_length)
     if options.harness_tasks:
@@ -265,9 +263,9 @@ def _evaluations(session: Session) -> Iterator[StageEndEvaluation]:
 
         harness = HarnessSuite(options, recipe, session.corpus, session.ranks.is_first)
 
-        def by_tasks(subject: Subject, stage: StagePlan) -> list[dict[str, Any]]:
+        def by_tasks(subject: Subject, stage: StagePlan, there: Lines) -> Lines:
             model = session.trainable.model
-            return harness.evaluate(subject, model, session.layout, stage.config, session.tokens)
+            return harness.evaluate(subject, model, session.layout, stage.config, session.tokens, there)
 
         yield StageEndEvaluation("harness.jsonl", by_tasks)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -14,12 +15,16 @@ from nano_pretrain.checkpoint.manifest import (
     MANIFEST,
     Manifest,
     all_checkpoints,
+    check_history,
     damaged_files,
     file_entries,
     newest_tokens,
     read_manifest,
+    whole_checkpoint,
     whole_checkpoints,
 )
+from nano_pretrain.recipe.acts import HISTORY, Act, written
+from nano_pretrain.recipe.errors import UserError
 
 FILES = {"__0_0.distcp": b"weights" * 20, "common.pt": b"x", "metadata.json": b"{}"}
 
@@ -41,6 +46,42 @@ def test_manifest_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert manifest is not None
     assert (manifest.tokens, manifest.step, manifest.corpus) == (64, 8, "corpus")
     assert {name: entry.size for name, entry in manifest.files.items()} == {n: len(c) for n, c in FILES.items()}
+
+
+def told(run: Path, tokens: int, acts: int) -> None:
+    """A checkpoint of a run that was told so many acts."""
+    directory = write(run, tokens)
+    manifest = read_manifest(directory)
+    assert manifest is not None
+    replace(manifest, acts=acts).write(directory)
+
+
+def test_a_manifest_of_before_there_were_acts_is_read(tmp_path: Path) -> None:
+    directory = write(tmp_path, 64)
+    content = json.loads((directory / MANIFEST).read_text())
+    del content["acts"]
+    (directory / MANIFEST).write_text(json.dumps(content))
+    manifest = read_manifest(directory)
+    assert manifest is not None
+    assert manifest.acts == 0
+    check_history(tmp_path)
+
+
+def test_a_history_with_fewer_acts_than_the_newest_checkpoint_knows_of_is_refused(tmp_path: Path) -> None:
+    acts = [Act(tokens, "stages.s.global_batch_size", 1, 2) for tokens in (32, 64)]
+    told(tmp_path, 64, 1)
+    told(tmp_path, 128, 2)
+    for there in (acts[:1], []):
+        (tmp_path / HISTORY).write_text(written(there))
+        with pytest.raises(
+            UserError, match=rf"{HISTORY}: has {len(there)} of the 2 changes .* by 128 tokens; bring it"
+        ):
+            check_history(tmp_path)
+    (tmp_path / HISTORY).write_text(written(acts))
+    check_history(tmp_path)
+    # The one before is gone on from if the newest is damaged: it was told less.
+    shutil.rmtree(tmp_path / "checkpoints/128")
+    check_history(tmp_path)
 
 
 def test_newest_is_the_one_with_most_tokens_not_the_last_name(tmp_path: Path) -> None:
@@ -67,6 +108,27 @@ def test_missing_file_is_not_whole(tmp_path: Path, name: str) -> None:
     (write(tmp_path, 128) / name).unlink()
     assert newest_tokens(tmp_path) == 64
     assert len(all_checkpoints(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("name", [*FILES, MANIFEST])
+@pytest.mark.parametrize("cut", [True, False])
+def test_what_makes_a_checkpoint_not_whole_is_named(
+    tmp_path: Path, name: str, cut: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path, 128) / name
+    if cut:
+        file.write_bytes(file.read_bytes()[:-3])
+    else:
+        file.unlink()
+    with pytest.raises(UserError, match=rf"no whole checkpoint, {file} (has|is missing)"):
+        whole_checkpoint(tmp_path, None, "hf.checkpoint")
+    older = write(tmp_path, 64)
+    with pytest.raises(UserError, match=rf"at 128 tokens \({file} (has|is missing).*choose one of 64"):
+        whole_checkpoint(tmp_path, 128, "hf.checkpoint")
+    assert whole_checkpoint(tmp_path, 64, "hf.checkpoint") == older
+    assert capsys.readouterr().err == ""
+    assert whole_checkpoint(tmp_path, None, "hf.checkpoint") == older
+    assert capsys.readouterr().err.startswith(f"{file.parent}: passed over, {file} ")
 
 
 @given(name=st.sampled_from(sorted(FILES)), keep=st.floats(0, 0.99))

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from nano_pretrain.data.curriculum import Curriculum, SampleAddress
 from nano_pretrain.data.ranges import SourceSize
+from nano_pretrain.data.repeats import repetitions
 from nano_pretrain.recipe.acts import Act
 from nano_pretrain.recipe.errors import RecipeError
 from nano_pretrain.recipe.schema import BatchRampConfig, Recipe
@@ -93,19 +94,104 @@ def test_an_extension_moves_the_ends_that_lie_ahead() -> None:
     ]  # fmt: skip
 
 
+def test_what_is_told_again_at_the_same_moment_is_as_if_told_once() -> None:
+    before = Curriculum(two_stages(), KNOWN)
+    sooner = told(before, 1280, END, 1600)
+    assert [phase.end_tokens for phase in sooner.stages[0].phases] == [1280, 1440, 1600]
+    assert steps(told(sooner, 1280, END, None)) == steps(before)
+
+
+@given(curricula(), st.data())
+@settings(deadline=None)
+def test_of_one_moment_the_last_act_holds(curriculum: Curriculum, data: st.DataObject) -> None:
+    tokens = data.draw(st.sampled_from([tokens for tokens, _ in steps(curriculum)]))
+    plan = data.draw(st.sampled_from(curriculum.stages))
+    options: dict[str, st.SearchStrategy[Any]] = {f"phases.{phase.name}.blend": BLENDS for phase in plan.phases}
+    options["global_batch_size"] = st.integers(1, 12)
+    options["schedule.extend_to"] = st.integers(1, 3 * plan.config.tokens)
+    field, values = data.draw(st.sampled_from(list(options.items())))
+    name, first, last = f"stages.{plan.name}.{field}", data.draw(values), data.draw(values)
+    try:
+        once = told(curriculum, tokens, name, last)
+        again = told(told(curriculum, tokens, name, first), tokens, name, last)
+    except RecipeError:
+        assume(False)
+    assert steps(again) == steps(once)
+
+
+def test_an_act_told_after_a_fall_back_holds_from_its_moment_on() -> None:
+    before = Curriculum(two_stages(), KNOWN)
+    assert steps(told(told(before, 1280, END, 4800), 640, END, 6400)) == steps(told(before, 640, END, 6400))
+
+
 def test_the_extension_stage_keeps_its_own_text_whatever_the_run_is_told() -> None:
     before = Curriculum(two_stages(), KNOWN)
     own = before.sources["web"].by_stage["extension"].spans
     after = told(told(before, 320, "stages.extension.phases.long.blend", {"web": 1}), 640, END, 6400)
-    assert after.sources["web"].by_stage["extension"].spans == own
+    # It needs more than that by now, and reads its own first.
+    assert after.sources["web"].by_stage["extension"].spans == (*own, (0, own[0][0]))
     assert after.sources["web"].by_stage["pretrain"].spans == before.sources["web"].by_stage["pretrain"].spans
 
 
 def test_a_source_that_a_stage_is_told_to_read_is_shared() -> None:
     before = Curriculum(two_stages(), KNOWN)
     after = told(before, 320, "stages.extension.phases.long.blend", {"code": 1, "web": 1})
-    assert after.sources["code"].shared
+    assert after.sources["code"].sharing == ("pretrain", "extension")
     assert after.sources["code"].by_stage["extension"].spans == ((0, KNOWN["code"].tokens),)
+
+
+LONGER = "stages.extension.schedule.extend_to"
+
+
+def with_long_source() -> Curriculum:
+    """A source more, which only the extension reads."""
+    config = two_stages()
+    config.stages["extension"].phases["long"].blend = {"long": 1, "web": 4}
+    return Curriculum(config, {**KNOWN, "long": SourceSize((4000,), lambda token: token - token % 50)})
+
+
+def spans(curriculum: Curriculum, source: str) -> dict[str, tuple[tuple[int, int], ...]]:
+    return {stage: part.spans for stage, part in curriculum.sources[source].by_stage.items()}
+
+
+def test_a_stage_that_has_not_begun_is_extended_as_in_a_fresh_run_where_nobody_has_begun_to_read() -> None:
+    before = with_long_source()
+    after = told(before, 320, LONGER, 6000)
+    fresh = Curriculum(after.recipe, after.sizes)
+    assert spans(after, "long") == spans(fresh, "long") != spans(before, "long")
+
+
+def test_a_stage_that_has_not_begun_reads_what_others_have_only_after_its_own() -> None:
+    before = with_long_source()
+    after = told(before, 320, LONGER, 6000)
+    ((border, end),) = spans(before, "web")["extension"]
+    assert spans(after, "web") == {"pretrain": ((0, border),), "extension": ((border, end), (0, border))}
+    own = before.sources["web"].by_stage["extension"].samples
+    read = [a for _, samples in steps(after) for a in samples if (a.stage, a.source) == ("extension", "web")]
+    assert [a.start >= border for a in read] == own * [True] + (len(read) - own) * [False]
+    again = repetitions(after)["web"]
+    first = next(tokens for tokens, samples in steps(after) if read[own] in samples)
+    assert again.shared_by == ("pretrain", "extension")
+    assert 0 <= again.begins - first < 64
+
+
+def test_a_begun_stage_that_is_told_to_read_a_source_of_another_has_what_that_one_leaves() -> None:
+    before = with_long_source()
+    after = told(before, 320, "stages.pretrain.phases.p2.blend", {"web": 1, "long": 1})
+    fresh = Curriculum(after.recipe, after.sizes)
+    assert spans(after, "long") == spans(fresh, "long")
+    assert spans(after, "long")["extension"] == spans(before, "long")["extension"]
+    assert after.sources["long"].sharing == ()
+    assert "long" not in repetitions(after)
+
+
+def test_a_stage_that_has_begun_keeps_what_it_has() -> None:
+    before = with_long_source()
+    after = told(before, 3264, LONGER, 6000)
+    assert [spans(after, source) for source in after.sources] == [spans(before, source) for source in before.sources]
+    after.recipe.data.max_epochs = 2
+    with pytest.raises(RecipeError, match=r"source \w+ is read \d+\.\d+ times in the range of extension"):
+        Curriculum(after.recipe, after.sizes, after.acts)
 
 
 def test_a_source_that_an_act_brought_in_stays_where_it_is() -> None:
@@ -187,5 +273,30 @@ def test_the_batch_can_be_changed_when_it_has_grown() -> None:
 
 def test_an_act_does_not_swallow_a_phase() -> None:
     config = recipe({"s": stage(6400, {"a": share(0.98, web=1), "b": share(0.02, math=1)})})
-    with pytest.raises(RecipeError, match=r"phases\.b: no step of"):
-        told(Curriculum(config, KNOWN), 320, "stages.s.global_batch_size", 100)
+    before = Curriculum(config, KNOWN)
+    problem = r"^stages\.s\.global_batch_size: no step of 800 tokens begins in phase b; write at most 16$"
+    with pytest.raises(RecipeError, match=problem):
+        told(before, 320, "stages.s.global_batch_size", 100)
+    assert [phase.name for phase in told(before, 320, "stages.s.global_batch_size", 16).stages[0].phases] == ["a", "b"]
+
+
+def test_an_end_that_swallows_a_phase_is_named_with_one_that_does_not() -> None:
+    config = recipe({"s": stage(6400, {"a": share(0.98, web=1), "b": share(0.02, math=1)})})
+    before, end = Curriculum(config, KNOWN), "stages.s.schedule.extend_to"
+    problem = rf"^{end}: no step of 32 tokens begins in phase b; write at least 1600$"
+    with pytest.raises(RecipeError, match=problem):
+        told(before, 320, end, 600)
+    assert [phase.name for phase in told(before, 320, end, 1600).stages[0].phases] == ["a", "b"]
+    config.stages["s"].schedule.extend_to = 600
+    with pytest.raises(RecipeError, match=problem):
+        Curriculum(config, KNOWN)
+
+
+def test_an_end_has_room_for_warm_up_and_decay() -> None:
+    config = two_stages()
+    schedule = config.stages["pretrain"].schedule
+    schedule.warmup_tokens, schedule.decay_tokens, schedule.extend_to = 320, 640, 959
+    with pytest.raises(RecipeError, match=r"extend_to: 959 is less than the 320 .* write at least 960"):
+        Curriculum(config, KNOWN)
+    schedule.extend_to = 960
+    assert Curriculum(config, KNOWN).stages[0].end_tokens == 960

@@ -52,11 +52,7 @@ def test_the_ledger_is_a_count_of_what_was_read(plan: Curriculum, data: st.DataO
             name: sum(n for (at, _, of), n in read.items() if (at, of) == (name, source)) for name in book["stages"]
         }
         assert totals["tokens"] == sum(per_stage.values())
-        if plan.sources[source].shared:
-            assert totals["epochs"] == pytest.approx(totals["tokens"] / SIZES[source].tokens, rel=1e-12)
-        else:
-            # Ends of ranges that are no whole sample count for nothing.
-            assert totals["epochs"] == pytest.approx(totals["tokens"] / SIZES[source].tokens, rel=0.2)
+        assert totals["epochs"] == pytest.approx(totals["tokens"] / SIZES[source].tokens, rel=1e-12)
 
 
 def test_the_ledger_is_plain_json() -> None:

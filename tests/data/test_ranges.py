@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nano_pretrain.data.ranges import Need, SourceSize, StageRange, divide, whole_samples
+from nano_pretrain.data.ranges import Need, SourceSize, StageRange, divide, divide_anew, whole_samples
 
 FIRST = Need("first", 8, 0)
 DOCUMENTS = st.lists(st.integers(1, 300), min_size=1, max_size=60)
@@ -66,6 +66,27 @@ def test_neither_the_first_stages_need_nor_a_generation_moves_a_range(
         assert (grown[0][:1], grown[1:]) == (before[0], before[1:])
 
 
+@given(DOCUMENTS, LATER, st.data())
+def test_what_stages_are_given_anew_is_outside_of_what_others_keep(
+    documents: list[int], needs: list[Need], data: st.DataObject
+) -> None:
+    size, borders = source(documents, 7), [0, *accumulate(documents)]
+    start, end = sorted(data.draw(st.lists(st.sampled_from(borders), min_size=2, max_size=2)))
+    taken, given = set(range(start, end)), divide_anew(size, [(start, end)], needs)
+    for need, spans in reversed(list(zip(needs, given, strict=True))):
+        own = [token for begin, stop in spans for token in range(begin, stop)]
+        assert {border for span in spans for border in span} <= {*borders, size.tokens}
+        if len(own) == size.tokens:
+            # First what nobody has, of which there was not enough in one place.
+            free = sorted(set(range(sum(documents))) - taken)
+            assert own[: len(free)] == free
+            assert all(stop - begin < need.tokens for begin, stop in spans if begin in free)
+        else:
+            assert not taken & set(own)
+            assert whole_samples(len(own), need.sequence_length) >= need.samples
+        taken |= set(own)
+
+
 def test_an_epoch_reads_generation_after_generation_and_adding_one_keeps_the_others() -> None:
     spans = [(0, 8 * 20 + 3), (163, 163), (163, 163 + 8 * 5 + 1)]
     before, after = (StageRange(spans[:count], 8, ("key",)) for count in (1, 3))
@@ -77,7 +98,7 @@ def test_an_epoch_reads_generation_after_generation_and_adding_one_keeps_the_oth
     assert [epoch for epoch, _, _ in again] == [1] * 25
     assert {start for _, _, start in again} == {start for _, _, start in first}
     assert [index for _, index, _ in again] != [index for _, index, _ in first]
-    assert (after.tokens, after.tokens_of(1), after.tokens_of(9)) == (200, 160, 200)
+    assert (after.tokens, after.tokens_before(163), after.tokens_before(999)) == (200, 160, 200)
 
 
 @pytest.mark.parametrize(("tokens", "samples"), [(0, 0), (8, 0), (9, 1), (16, 1), (17, 2)])

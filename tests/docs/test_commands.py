@@ -11,7 +11,9 @@ import yaml
 
 from nano_pretrain.cli import OPTIONS, VERBS
 from nano_pretrain.compose import compose, compose_sweep
+from nano_pretrain.data.course import step_batches
 from nano_pretrain.recipe.load import tree
+from nano_pretrain.recipe.rules_ranks import check_batches
 
 ROOT = tree("recipes").parent
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -49,6 +51,15 @@ def test_command_composes(page: str, words: list[str]) -> None:
         assert len(compose_sweep(overrides)) > 1
     else:
         compose(overrides)
+
+
+def test_growing_batches_go_on_the_ranks_that_are_named() -> None:
+    ramped = [words[1:] for _, words in NANO if any(".batch_ramp=" in word for word in words)]
+    assert ramped
+    for overrides in ramped:
+        recipe = compose(overrides).recipe
+        for name, stage in recipe.stages.items():
+            check_batches(recipe, name, step_batches(name, stage))
 
 
 def test_readme_shows_every_verb() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,8 +12,9 @@ import pytest
 import torch
 
 from nano_pretrain.data.shards import open_corpus
+from nano_pretrain.data.sizeless import sizeless_curriculum
 from nano_pretrain.plan.cost import checkpoint_bytes, stage_cost, total_cost
-from nano_pretrain.plan.data import plan_data
+from nano_pretrain.plan.data import plan_data, short_phase_notes, shorter_stage_notes
 from nano_pretrain.plan.document import plan_document
 from nano_pretrain.plan.tables import decimal, new_console, show_plan
 from nano_pretrain.plan.whole import make_plan
@@ -57,6 +59,30 @@ def test_the_12b_reads_what_its_phases_say() -> None:
     assert found.curriculum.total_steps == 3_317_129 + 3_005
 
 
+def test_every_phase_of_tiny_has_the_shares_it_asks_for() -> None:
+    curriculum = sizeless_curriculum(named("tiny"))
+    assert not list(short_phase_notes(curriculum))
+    for stage in curriculum.stages:
+        for phase in stage.phases:
+            (part,), weights = stage.plateaus(phase), stage.config.phases[phase.name].blend
+            # A quota at a window's end is within a sample of the share.
+            assert part.shares == pytest.approx(
+                {source: weight / 100 for source, weight in weights.items()}, abs=1 / phase.samples
+            )
+
+
+def test_a_phase_shorter_than_its_window_is_named_with_what_that_means() -> None:
+    (note,) = short_phase_notes(sizeless_curriculum(named("tiny", "data.quota_window=128")))
+    assert re.match(r"stages\.long_context\.phases\.lc: its 64 samples .* 128 .*: \w+ has [\d.]+% for [\d.]+%;", note)
+
+
+def test_a_stage_of_shorter_samples_is_named() -> None:
+    assert not list(shorter_stage_notes(sizeless_curriculum(named("tiny"))))
+    shorter = named("tiny", "stages.long_context.sequence_length=256")
+    (note,) = shorter_stage_notes(sizeless_curriculum(shorter))
+    assert note == "stages.long_context.sequence_length: 256 tokens are fewer than the 512 of stage pretrain"
+
+
 def test_a_source_that_is_read_too_often_is_refused_as_by_train(corpus: Path) -> None:
     recipe = small_recipe(corpus=corpus)
     recipe.data.max_epochs = 0.01
@@ -87,7 +113,8 @@ def test_what_repeats_is_shown(corpus: Path) -> None:
     for said in (
         f"alpha pretrain, again {found.readings:.2f} {decimal(100 * found.share)} % 2.3K",
         "1 of 2 sources are read more than once, alpha first: its second reading begins after 2.3K tokens of the run",
-        "too small to be divided between pretrain and again, so that each reads the whole: alpha",
+        "not divided between pretrain and again (too small, or begun before more was needed), so that they may read "
+        "the same: alpha",
     ):
         assert said in text
 

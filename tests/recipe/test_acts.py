@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from nano_pretrain.recipe.load import to_yaml
 BATCH = "stages.pretrain.global_batch_size"
 END = "stages.pretrain.schedule.extend_to"
 BLEND = "stages.pretrain.phases.p3.blend"
+P3 = compose([]).recipe.stages["pretrain"].phases["p3"].blend
 
 
 def go_on(directory: Path, tokens: int, *overrides: str) -> Continuation:
@@ -31,7 +33,10 @@ def go_on(directory: Path, tokens: int, *overrides: str) -> Continuation:
     [
         (f"{BATCH}=32", BATCH, 16, 32),
         (f"{END}=4e6", END, None, 4_000_000),
-        (f"{BLEND}={{codeio: 1}}", BLEND, compose([]).recipe.stages["pretrain"].phases["p3"].blend, {"codeio": 1.0}),
+        ("stages.pretrain.schedule={extend_to: 4000000}", END, None, 4_000_000),
+        ("stages={pretrain: {global_batch_size: 32}}", BATCH, 16, 32),
+        ("stages.pretrain.phases={p3: {blend: {codeio: 1}}}", BLEND, P3, {"codeio": 1.0}),
+        (f"{BLEND}={{codeio: 1}}", BLEND, P3, {"codeio": 1.0}),
     ],
 )
 def test_a_named_field_is_changed_from_now_on(
@@ -67,7 +72,18 @@ def test_a_start_that_was_killed_between_the_two_files_is_not_told_twice(tmp_pat
     assert go_on(tmp_path, 100).recipe.stages["pretrain"].global_batch_size == 32
 
 
-@pytest.mark.parametrize("override", ["stages.pretrain.schedule.lr=1", "model.hidden_size=512", "schedule=wsd_thin"])
+def test_acts_are_in_the_order_of_telling(tmp_path: Path) -> None:
+    """A run that fell back to an earlier checkpoint is told of a moment before."""
+    go_on(tmp_path, 0)
+    go_on(tmp_path, 7680, f"{BATCH}=32")
+    go_on(tmp_path, 5120, f"{END}=4e6")
+    assert [act.tokens for act in read_acts(tmp_path)] == [7680, 5120]
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["stages.pretrain.schedule.lr=1", "stages.pretrain.schedule={lr: 1}", "model.hidden_size=512", "schedule=wsd_thin"],
+)
 def test_other_fields_are_refused_by_name(tmp_path: Path, override: str) -> None:
     go_on(tmp_path, 0)
     with pytest.raises(UserError, match="differs from"):
@@ -80,7 +96,19 @@ def test_a_recorded_field_that_a_group_changes_is_not_named(tmp_path: Path) -> N
         go_on(tmp_path, 100, "recipe=nemotron_h_8b", "curriculum=nemotron_h_20t")
 
 
-@pytest.mark.parametrize("text", ["{", '{"tokens": 1}', "[]"])
+def line(tokens: object, field: object, before: object, after: object) -> str:
+    return json.dumps({"tokens": tokens, "field": field, "before": before, "after": after})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{", '{"tokens": 1}', "[]", line("x", BATCH, 16, 32), line(-5, BATCH, 16, 32), line(1.5, BATCH, 16, 32),
+        line(True, BATCH, 16, 32), line(8, BATCH, 16, "abc"), line(8, BATCH, "abc", 32), line(8, BATCH, 16, None),
+        line(8, BATCH, 16, 0), line(8, END, None, "abc"), line(8, BLEND, P3, ["codeio"]), line(8, 3, 16, 32),
+        line(8, "run.seed", 1, 2), line(8, "stages.other.global_batch_size", 16, 32),
+    ],
+)  # fmt: skip
 def test_a_damaged_history_is_named(tmp_path: Path, text: str) -> None:
     go_on(tmp_path, 0)
     (tmp_path / HISTORY).write_text(text)

@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
+
+from nano_pretrain.recipe.load import to_yaml
+from nano_pretrain.recipe.schema import PhaseConfig, Recipe, RunConfig, ScheduleConfig, StageConfig
+from tests.model.recipes import small_recipe
 
 SOURCES = ("documentation", "python", "c", "encyclopedia", "papers", "law", "fiction", "questions")
 MANY_SOURCES = (*SOURCES, "news", "maths", "web_high", "web_medium", "multilingual", "commits", "subtitles")
@@ -19,7 +22,7 @@ def write_run(run_dir: Path, sources: tuple[str, ...] = SOURCES, fraction: float
     random = np.random.default_rng(seed)
     consumed = round(fraction * TOKENS / (SEQUENCE * BATCH)) * SEQUENCE * BATCH
     blends = {f"p{i}": _blend(sources, random) for i in (1, 2, 3)}
-    (run_dir / "recipe.yaml").write_text(yaml.safe_dump(_recipe(blends), sort_keys=False))
+    (run_dir / "recipe.yaml").write_text(to_yaml(_recipe(blends)))
     write_lines(run_dir / "metrics.jsonl", _metrics(consumed, random))
     write_lines(run_dir / "validation.jsonl", _validation(sources, consumed, random))
     write_lines(run_dir / "samples.jsonl", _samples(consumed))
@@ -37,27 +40,27 @@ def _blend(sources: tuple[str, ...], random: np.random.Generator) -> dict[str, f
     return {name: round(float(weight), 4) for name, weight in zip(sources, weights, strict=True)}
 
 
-def _recipe(blends: dict[str, dict[str, float]]) -> dict[str, Any]:
+def _recipe(blends: dict[str, dict[str, float]]) -> Recipe:
     shares = {"p1": 0.6, "p2": 0.3, "p3": 0.1}
-    pretrain = {
-        "tokens": TOKENS * 9 // 10,
-        "sequence_length": SEQUENCE,
-        "global_batch_size": BATCH,
-        "schedule": {"kind": "wsd", "lr": 3e-3, "min_lr": 3e-5, "warmup_tokens": 163_840, "decay_tokens": 819_200},
-        "phases": {name: {"share": shares[name], "tokens": None, "blend": blend} for name, blend in blends.items()},
-    }
-    extension = {
-        "tokens": TOKENS // 10,
-        "sequence_length": 4 * SEQUENCE,
-        "schedule": {"kind": "constant", "lr": 3e-5, "warmup_tokens": 0, "decay_tokens": 0},
-        "phases": {"long": {"share": None, "tokens": TOKENS // 10, "blend": blends["p3"]}},
-    }
-    return {
-        "model": {"pattern": "M-M*-M-", "hidden_size": 256},
-        "optimizer": {"clip_grad": 1.0},
-        "stages": {"pretrain": pretrain, "long_context": extension},
-        "run": {"name": "tiny", "seed": 1234},
-    }
+    pretrain = StageConfig(
+        tokens=TOKENS * 9 // 10,
+        sequence_length=SEQUENCE,
+        global_batch_size=BATCH,
+        schedule=ScheduleConfig(lr=3e-3, min_lr=3e-5, warmup_tokens=163_840, decay_tokens=819_200),
+        phases={name: PhaseConfig(share=shares[name], blend=blend) for name, blend in blends.items()},
+    )
+    extension = StageConfig(
+        tokens=TOKENS // 10,
+        sequence_length=4 * SEQUENCE,
+        global_batch_size=BATCH // 4,
+        schedule=ScheduleConfig(kind="constant", lr=3e-5),
+        phases={"long": PhaseConfig(tokens=TOKENS // 10, blend=blends["p3"])},
+    )
+    recipe = small_recipe()
+    recipe.data.corpus = "pypi"
+    recipe.stages = {"pretrain": pretrain, "long_context": extension}
+    recipe.run = RunConfig(name="tiny")
+    return recipe
 
 
 def _metrics(consumed: int, random: np.random.Generator) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from nano_pretrain.checkpoint.manifest import read_manifest, whole_checkpoints
 from tests.train.small_run import TOKENS, TOKENS_PER_STEP, SmallRuns, checkpoints, learned, lines, wait_until
 
 LONGER = TOKENS + 8 * TOKENS_PER_STEP
@@ -57,6 +58,15 @@ def test_steps_and_horizon_change_from_there_on(told: Path) -> None:
     # The decay is as long as it was, before the new end.
     assert {step["lr"] for step in steps if 2048 <= step["tokens"] <= LONGER - 4096} == {max(s["lr"] for s in steps)}
     assert steps[-1]["lr"] == min(step["lr"] for step in steps[3:])
+
+
+def test_checkpoints_know_how_much_the_run_was_told(told: Path) -> None:
+    (since,) = {act["tokens"] for act in lines(told / "recipe_history.jsonl")}
+    manifests = {path.name: read_manifest(path) for path in whole_checkpoints(told)}
+    assert {name: manifest and manifest.acts for name, manifest in manifests.items()} == {
+        name: 2 if int(name) > since else 0 for name in manifests
+    }
+    assert int(max(manifests, key=int)) > since
 
 
 def test_the_past_can_not_be_told_otherwise(small: SmallRuns, told: Path) -> None:

@@ -112,7 +112,8 @@ def left(run: Path) -> dict[str, Any]:
 def test_launch_goes_on_with_other_ranks(stories: dict[str, Finished], small: SmallRuns) -> None:
     done, run = stories["switch"], small.path("switch")
     assert done.code == 0, done.text
-    assert f"{run}: stage long_context needs other ranks or another layout; checkpoint at 10,240 tokens" in done.text
+    said = "needs 2 ranks, built for its layout; checkpoint at 10,240 tokens, start so many, as `launch` does by itself"
+    assert f"{run}: stage long_context {said}" in done.text
     assert [line["stage"] for line in lines(run / "metrics.jsonl")] == ["pretrain"] * SWITCH + ["long_context"] * 4
     assert exit_json(run)["reason"] == "finished"
 
