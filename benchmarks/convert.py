@@ -135,6 +135,8 @@ def main() -> None:
     asked = parser.parse_args()
     recipe = compose([f"recipe={asked.recipe}"]).recipe
     recipe = replace(recipe, model=replace(recipe.model, pattern=recipe.model.pattern[: asked.layers]))
+    if asked.dir is not None:
+        asked.dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=asked.dir) as name:
         measure(recipe, asked.recipe, Path(name))
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 from nano_pretrain.recipe.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR, RecipeError, RunError, UserError
 
 if TYPE_CHECKING:
+    from nano_pretrain.compose import Job
     from nano_pretrain.recipe.schema import Recipe
 
 VERBS = {
@@ -46,6 +47,9 @@ reads the output any more, 1 anything else."""
 EXIT_NO_READER = 128 + signal.SIGPIPE
 """What a shell sees of `cat FILE | head -1`."""
 
+STDOUT = "stdout"
+"""File name of an error in writing our output."""
+
 HELP_OPTIONS = ("--help", "-h")
 SHOW_OPTIONS = ("--cfg", "-c")
 SWEEP_OPTIONS = ("--multirun", "-m")
@@ -56,6 +60,7 @@ OPTIONS = (*HELP_OPTIONS, *SHOW_OPTIONS, "--resolve", *SWEEP_OPTIONS)
 def main() -> NoReturn:
     """Run the command of `sys.argv` and exit with its code."""
     arguments = sys.argv[1:]
+    _name_stdout()
     try:
         code = _run(arguments)
         # Here and not when Python ends, where nobody could answer a reader that has gone.
@@ -71,13 +76,31 @@ def main() -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = EXIT_NO_READER
     except OSError as error:
-        if error.errno != errno.ENOSPC or error.filename:
+        if error.errno != errno.ENOSPC:
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        _fail("stdout: the disk is full; write somewhere else", EXIT_USER_ERROR)
+        if error.filename == STDOUT:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _fail(f"{error.filename or 'a file'}: the disk is full; free space or write somewhere else", EXIT_USER_ERROR)
     # Else Python's last collection walks all objects of torch and megatron-core, for two seconds.
     gc.freeze()
     sys.exit(code)
+
+
+def _name_stdout() -> None:
+    """Let what cannot be written to stdout say so: the operating system names no file that is open."""
+
+    def named(function: Callable[..., int]) -> Callable[..., int]:
+        def call(*arguments: str) -> int:
+            try:
+                return function(*arguments)
+            except OSError as error:
+                error.filename = STDOUT
+                raise
+
+        return call
+
+    for name in ("write", "flush"):
+        setattr(sys.stdout, name, named(getattr(sys.stdout, name)))
 
 
 def _run(arguments: Sequence[str]) -> int:
@@ -98,14 +121,22 @@ def _run(arguments: Sequence[str]) -> int:
         # megatron-core keeps global state: each job gets a process of its own.
         jobs = compose.compose_sweep(overrides)
         for job in jobs:
-            check_verb(verb, job.recipe)
+            _check(verb, job)
         return run_in_turn([job.command(verb) for job in jobs])
     job = compose.compose(overrides)
-    check_verb(verb, job.recipe)
+    _check(verb, job)
     from nano_pretrain import verbs
 
     runner: Callable[[Recipe, list[str]], int] = getattr(verbs, "import_" if verb == "import" else verb)
     return runner(job.recipe, list(job.overrides))
+
+
+def _check(verb: str, job: Job) -> None:
+    check_verb(verb, job.recipe)
+    if verb in ("train", "launch"):
+        from nano_pretrain.compose import check_imported
+
+        check_imported(job)
 
 
 def check_verb(verb: str, recipe: Recipe) -> None:

@@ -21,6 +21,7 @@ from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from nano_pretrain.checkpoint.manifest import ORIGIN, all_checkpoints
 from nano_pretrain.data.phases import phase_lengths, phase_weights
 from nano_pretrain.recipe.derived import stage_tokens
 from nano_pretrain.recipe.errors import UserError
@@ -32,7 +33,7 @@ from nano_pretrain.schedule.learning_rate import validate_schedule
 
 LONGEST_NAME = 100
 
-_RECIPE_FILE = re.compile(r"recipe=\S+\.yaml")
+_RECIPE_FILE = re.compile(r"""recipe=(["']?)(.*/.*|.*\.yaml)\1""", re.DOTALL)
 
 T = TypeVar("T")
 
@@ -67,13 +68,33 @@ def compose(overrides: Sequence[str]) -> Job:
     recipe = typed_recipe(_without_hydra(config))
     check_truths(recipe, overrides)
     for name, stage in recipe.stages.items():
-        validate_schedule(stage.schedule, stage_tokens(stage), f"stages.{name}.schedule")
+        # Whether `extend_to` is too short is known once it is known what the run has consumed.
+        tokens = max(stage.tokens, stage_tokens(stage))
+        validate_schedule(stage.schedule, tokens, f"stages.{name}.schedule")
         phase_lengths(f"stages.{name}", stage)
         for phase_name, phase in stage.phases.items():
             # Which sources there are is known once the corpus is.
             phase_weights(f"stages.{name}.phases.{phase_name}.blend", phase.blend, known=phase.blend)
     recipe.run.name = recipe.run.name or choice
     return Job(recipe, tuple(part for part in overrides if not part.startswith("run.name=")))
+
+
+def check_imported(job: Job) -> None:
+    """Refuse to begin a run from the recipe of another one without the weights imported into that.
+
+    Raises:
+        UserError: names both.
+    """
+    written = _written(job.overrides)
+    run_dir = Path(job.recipe.run.dir) / str(job.recipe.run.name)
+    if written is None or all_checkpoints(run_dir):
+        return
+    path = Path(written[2])
+    if (path.parent / ORIGIN).exists():
+        raise UserError(
+            f"run.name: {run_dir} would begin without the weights that {path.parent} has imported; run "
+            f"`nano-pretrain import recipe={path} run.name={job.recipe.run.name} hf.path=DIRECTORY` first"
+        )
 
 
 def compose_sweep(overrides: Sequence[str]) -> list[Job]:
@@ -112,13 +133,35 @@ def composed_yaml(overrides: Sequence[str], resolve: bool) -> str:
 def _composed(overrides: Sequence[str]) -> DictConfig:
     ConfigStore.instance().store(name="schema", node=Recipe)
     parts = [in_digits(override) for override in overrides]
-    root, written = "config", next((part for part in parts if _RECIPE_FILE.fullmatch(part)), None)
+    root, written = "config", _written(parts)
     if written is not None:
         root = "written"
-        parts.remove(written)
-        _store_written(Path(written.partition("=")[2]), root)
+        parts.remove(written[0])
+        _refuse_groups(parts)
+        _store_written(Path(written[2]), root)
     with _explained(overrides), hydra.initialize_config_dir(str(tree("recipes")), version_base="1.3"):
         return _reading_text(lambda parts: hydra.compose(root, parts, return_hydra_config=True), parts)
+
+
+def _written(overrides: Sequence[str]) -> re.Match[str] | None:
+    """The override that gives a file in place of a recipe's name; group 2 is its path."""
+    return next(filter(None, map(_RECIPE_FILE.fullmatch, overrides)), None)
+
+
+def _refuse_groups(overrides: Sequence[str]) -> None:
+    """A written recipe is the result of its groups, and no longer says which.
+
+    Raises:
+        UserError: an override chooses another.
+    """
+    groups = {path.name for path in tree("recipes").iterdir() if path.is_dir()}
+    for override in overrides:
+        group = override.lstrip("+~").partition("=")[0]
+        if group in groups:
+            raise UserError(
+                f"{group}: groups cannot be chosen beside a written recipe; name single fields, which "
+                "`nano-pretrain VERB --help` lists, or choose a recipe by its name"
+            )
 
 
 def _store_written(path: Path, name: str) -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from nano_pretrain.cli import STDOUT
 from nano_pretrain.recipe.derived import stage_ranks
 from nano_pretrain.recipe.errors import EXIT_CONTINUE, EXIT_DONE, RecipeError, UserError
 from nano_pretrain.recipe.load import recorded_recipe
@@ -148,6 +151,28 @@ def evaluate(recipe: Recipe, overrides: list[str]) -> int:
     return EXIT_DONE
 
 
+@contextmanager
+def _files_named(target: Path) -> Iterator[None]:
+    """Around a conversion: a file that cannot be read or written is the user's to mend.
+
+    Args:
+        target: directory that is written, which a full disk does not name.
+
+    Raises:
+        UserError: names the file.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        # torch.save stumbles over the file that it could not write, and says so instead.
+        cause = error.__context__ if isinstance(error, RuntimeError) else error
+        if not isinstance(cause, OSError) or cause.filename == STDOUT:
+            raise
+        raise UserError(
+            f"{cause.filename or target}: {cause.strerror or cause}; mend that or choose another place, then run again"
+        ) from error
+
+
 def export(recipe: Recipe, overrides: list[str]) -> int:
     """A native checkpoint to a Hugging Face one."""
     directory = run_directory(recipe)
@@ -155,8 +180,9 @@ def export(recipe: Recipe, overrides: list[str]) -> int:
     from nano_pretrain.checkpoint.manifest import whole_checkpoint
     from nano_pretrain.convert.export import export as export_checkpoint
 
-    checkpoint = whole_checkpoint(directory, recipe.hf.checkpoint, "hf.checkpoint")
-    export_checkpoint(trained, recipe.hf, directory, checkpoint)
+    with _files_named(Path(recipe.hf.path) if recipe.hf.path else directory / "hf"):
+        checkpoint = whole_checkpoint(directory, recipe.hf.checkpoint, "hf.checkpoint")
+        export_checkpoint(trained, recipe.hf, directory, checkpoint)
     return EXIT_DONE
 
 
@@ -178,7 +204,8 @@ def import_(recipe: Recipe, overrides: list[str]) -> int:
     check(recipe)
     from nano_pretrain.convert.importing import import_checkpoint
 
-    import_checkpoint(recipe, recipe.hf, source, run_directory(recipe))
+    with _files_named(run_directory(recipe)):
+        import_checkpoint(recipe, recipe.hf, source, run_directory(recipe))
     return EXIT_DONE
 
 

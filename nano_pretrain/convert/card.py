@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,8 +11,11 @@ from typing import Any
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from safetensors import safe_open
 
 from nano_pretrain import __version__
+from nano_pretrain.checkpoint.manifest import ORIGIN
+from nano_pretrain.convert.safetensors_file import DTYPES
 from nano_pretrain.data.shards import MANIFEST_NAME
 from nano_pretrain.plan.params import count_parameters
 from nano_pretrain.recipe.derived import stage_tokens
@@ -20,6 +24,7 @@ from nano_pretrain.report import facts, words
 from nano_pretrain.report.figures import FIGURES, NothingToShow
 from nano_pretrain.report.record import Record, Steps, mapping, number, read_record
 
+DTYPE_NAMES = {stored: str(dtype).removeprefix("torch.") for dtype, stored in DTYPES.items()}
 CARD_NAME, CURVES = "README.md", "curves"
 SHOWN_CURVES = {"loss": "Training loss", "learning_rate": "Learning rate", "heldout": "Held-out loss of each source"}
 
@@ -59,6 +64,8 @@ def write_card(
         tokens=tokens,
         stages={name: stage_tokens(stage) for name, stage in recipe.stages.items()},
         torch_dtype=torch_dtype,
+        others=_other_dtypes(directory, torch_dtype),
+        imported=_imported(run_dir),
         has_tokenizer=has_tokenizer,
         loss=_last_loss(record),
         ledger=facts.ledger_table(record),
@@ -73,6 +80,28 @@ def write_card(
     # Names in a run's files may hold lone surrogates, which UTF-8 has no bytes for.
     (directory / CARD_NAME).write_bytes(text.encode("utf-8", errors="replace"))
     return [CARD_NAME, *curves.values()]
+
+
+def _imported(run_dir: Path) -> str:
+    """Name of the checkpoint that the run's first weights are from; empty where it has drawn them itself."""
+    try:
+        origin: Any = json.loads((run_dir / ORIGIN).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return ""
+    except (OSError, ValueError):
+        origin = {}
+    return Path(str(mapping(origin).get("source") or "")).name or "another checkpoint"
+
+
+def _other_dtypes(directory: Path, torch_dtype: str) -> dict[str, list[str]]:
+    """Dtypes of the weights in `directory` other than `torch_dtype`, and which tensors have them."""
+    found = dict[str, set[str]]()
+    for file in directory.glob("*.safetensors"):
+        with safe_open(str(file), framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 - it is no mapping
+                dtype = DTYPE_NAMES[opened.get_slice(name).get_dtype()]
+                found.setdefault(dtype, set()).add(re.sub(r".*\.\d+\.", "", name))
+    return {dtype: sorted(names) for dtype, names in sorted(found.items()) if dtype != torch_dtype}
 
 
 def _until(record: Record, tokens: int) -> Record:

@@ -35,6 +35,11 @@ from nano_pretrain.recipe.schema import ModelConfig, Recipe
 CONFIG_NAME = "config.json"
 SPECIAL_IDS = {"bos_token_id": SPECIAL_TOKENS.index("<s>"), "eos_token_id": EOD_ID, "pad_token_id": 0}
 """Padding is <unk>, as in NVIDIA's checkpoints: no text has it, a byte-level tokenizer knows every word."""
+_USES = {
+    "bos_token_id": "nothing begins a document, and an export says",
+    "eos_token_id": "documents end by",
+    "pad_token_id": "an export says",
+}
 
 
 @dataclass(frozen=True)
@@ -167,7 +172,9 @@ def read_config(directory: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"), object_hook=_untagged)
     except FileNotFoundError:
         raise UserError(f"{path}: there is none; name the directory of a Hugging Face checkpoint") from None
-    except (OSError, ValueError) as error:
+    except NotADirectoryError:
+        raise UserError(f"hf.path: {directory} is no directory; name that of a Hugging Face checkpoint") from None
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error}); fetch it again") from error
     if not isinstance(config, dict):
         raise UserError(f"{path}: is not a JSON object; fetch it again")
@@ -181,7 +188,7 @@ def model_from_config(config: Mapping[str, Any]) -> dict[str, Any]:
         config: its content.
 
     Returns:
-        All fields; `init_std` only where it says `initializer_range`, which in NVIDIA's is not the training's.
+        All fields but `init_std`: `initializer_range`, 0.02 in NVIDIA's, is not what they were trained with.
 
     Raises:
         UserError: it has a key that is not known, or one whose value no recipe can say; the message names it.
@@ -198,12 +205,20 @@ def model_from_config(config: Mapping[str, Any]) -> dict[str, Any]:
     fields: dict[str, Any] = {
         "pattern": _pattern(config),
         **{key.value: _whole_number(config, key) for key in WHOLE_NUMBERS},
+        "norm_epsilon": _positive(config, EPSILON),
     }
-    fields["norm_epsilon"] = _positive(config, EPSILON)
-    if any(name in config for name in INIT_STD.names):
-        fields["init_std"] = _positive(config, INIT_STD)
     _check_heads(ModelConfig(**fields))
     return fields
+
+
+def not_kept(config: Mapping[str, Any]) -> list[str]:
+    """A line for each special id of a config.json that is not ours, which alone are trained with and exported."""
+    said = {name: config[name] for name in SPECIAL_IDS if config.get(name) is not None}
+    return [
+        f"{CONFIG_NAME}: {name}={_json(value)} is not kept: {_USES[name]} {SPECIAL_IDS[name]}"
+        for name, value in said.items()
+        if value != SPECIAL_IDS[name]
+    ]
 
 
 def _pattern(config: Mapping[str, Any]) -> str:
@@ -217,10 +232,12 @@ def _pattern(config: Mapping[str, Any]) -> str:
 
 def _letters(name: str, layers: Any) -> str:
     """A pattern as it is, a list of names as a pattern."""
+    if not isinstance(layers, (list, str)):
+        raise _refusal(name, layers, "neither a pattern nor a list of layers' types")
     if isinstance(layers, list):
         letters = [LETTERS.get(str(layer), "") for layer in layers]
     else:
-        letters = [letter if letter in LETTERS.values() else "" for letter in str(layers)]
+        letters = [letter if letter in LETTERS.values() else "" for letter in layers]
     if not letters:
         raise _refusal(name, layers, "it has no layer")
     if "" in letters:
@@ -266,7 +283,7 @@ def _check_heads(model: ModelConfig) -> None:
 def _untagged(content: dict[str, Any]) -> Any:
     """What transformers 5 writes for a number that JSON does not have: {"__float__": "Infinity"}."""
     tag = content.get("__float__")
-    return float(tag) if len(content) == 1 and tag in {"Infinity", "-Infinity", "NaN"} else content
+    return float(tag) if len(content) == 1 and tag in ("Infinity", "-Infinity", "NaN") else content
 
 
 def _refusal(name: str, value: Any, why: str) -> UserError:

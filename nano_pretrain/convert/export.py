@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from nano_pretrain.checkpoint.checksum import file_checksum
 from nano_pretrain.checkpoint.files import write_json
-from nano_pretrain.checkpoint.manifest import MANIFEST
+from nano_pretrain.checkpoint.manifest import MANIFEST, FileEntry, checkpoints_directory, is_as_listed
 from nano_pretrain.convert.assemble import Source, blocks
 from nano_pretrain.convert.beside import write_beside
 from nano_pretrain.convert.hf_files import INDEX, SINGLE, HfReader
@@ -21,11 +22,12 @@ from nano_pretrain.convert.progress import timed_bar
 from nano_pretrain.convert.safetensors_file import Stored, stored_bytes, write_safetensors
 from nano_pretrain.convert.sides import Sides
 from nano_pretrain.convert.verify import prepare_transformers, verify
-from nano_pretrain.convert.work import Work, read_journal, remove_replaced
+from nano_pretrain.convert.work import JOURNAL, Work, forgotten_if_wrong, read_journal, remove_replaced
+from nano_pretrain.data.shards import TOKENIZER_NAME
 from nano_pretrain.recipe.errors import UserError
 from nano_pretrain.recipe.schema import HfConfig, Recipe
 
-FORMAT = 1
+FORMAT = 2
 """Of what `export` writes; an interrupted export of another format is begun again."""
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -46,9 +48,12 @@ def export(recipe: Recipe, options: HfConfig, run_dir: Path, checkpoint: Path) -
         UserError: the checkpoint is damaged or of another model, or the directory holds something else.
         RunError: what was written is not what was read.
     """
-    final = Path(options.path) if options.path else run_dir / "hf"
-    identity = _identity(options, checkpoint)
-    if _is_there(final, identity):
+    # Where a link leads to.
+    final = (Path(options.path) if options.path else run_dir / "hf").resolve()
+    if checkpoints_directory(run_dir).resolve() in (final, *final.parents):
+        raise UserError(f"hf.path: {final} lies among the run's checkpoints; choose another")
+    identity = _identity(recipe, options, checkpoint)
+    if _is_there(final, identity, options.verify):
         remove_replaced(final)
         print(f"{final}: already exported, nothing to do")
         return
@@ -60,20 +65,26 @@ def export(recipe: Recipe, options: HfConfig, run_dir: Path, checkpoint: Path) -
         [_stored(target, reader, options.dtype) for target in hf_tensors(recipe.model)], options.file_gigabytes
     )
     if work.kept:
-        print(f"{work.directory}: {work.kept} of {len(files)} files are whole, going on with the next")
+        print(f"{work.directory}: {work.kept} of {len(files)} files are there, going on")
     _write_weights(recipe, work, files, reader)
     embedding = next(iter(files.values()))[0]
     write_beside(work.directory, recipe, run_dir, int(checkpoint.name), str(embedding[2]).removeprefix("torch."))
     if options.verify:
-        verify(Sides(recipe, HfReader(work.directory), reader, checkpoint, exported=True))
+        with forgotten_if_wrong(work):
+            verify(Sides(recipe, HfReader(work.directory), reader, checkpoint, exported=True))
+    work.finish(options.verify)
     work.publish()
     print(f"{final}: exported {checkpoint} as {options.dtype}")
 
 
-def _identity(options: HfConfig, checkpoint: Path) -> dict[str, Any]:
+def _identity(recipe: Recipe, options: HfConfig, checkpoint: Path) -> dict[str, Any]:
     """What decides on the content of the files."""
+    tokenizer = Path(recipe.data.path) / TOKENIZER_NAME
     return {
         "format": FORMAT,
+        "made": "export",
+        "model": asdict(recipe.model),
+        "tokenizer": file_checksum(tokenizer) if tokenizer.is_file() else None,
         "checkpoint": file_checksum(checkpoint / MANIFEST),
         "tokens": int(checkpoint.name),
         "dtype": options.dtype,
@@ -81,21 +92,25 @@ def _identity(options: HfConfig, checkpoint: Path) -> dict[str, Any]:
     }
 
 
-def _is_there(final: Path, identity: Mapping[str, Any]) -> bool:
-    """Whether the place holds this export; another export is replaced.
+def _is_there(final: Path, identity: Mapping[str, Any], verified: bool) -> bool:
+    """Whether the place holds this export, every byte of it; another export is replaced.
 
     Raises:
-        UserError: it holds something else.
+        UserError: it holds something else, or more.
     """
     found = read_journal(final)
-    if found is None and final.exists() and (not final.is_dir() or any(final.iterdir())):
-        raise UserError(f"hf.path: {final} is there and no export of ours; choose another hf.path or remove it")
-    sizes = {path.name: path.stat().st_size for path in final.iterdir()} if found else {}
-    return (
-        found is not None
-        and found["identity"] == identity
-        and all(sizes.get(name) == file["entry"]["size"] for name, file in found["files"].items())
-    )
+    if found is None or found["identity"].get("made") != "export":
+        if final.exists() and (not final.is_dir() or any(final.iterdir())):
+            raise UserError(f"hf.path: {final} is there and no export of ours; choose another hf.path or remove it")
+        return False
+    ours = {Path(name).parts[0] for name in [JOURNAL, *found["files"]]}
+    if added := sorted(path.name for path in final.iterdir() if path.name not in ours):
+        raise UserError(
+            f"hf.path: {final} holds {', '.join(added[:3])} beside the export; move that or choose another hf.path"
+        )
+    entries = {name: FileEntry(**file["entry"]) for name, file in found["files"].items()}
+    as_asked = found["identity"] == identity and found["verified"] >= verified
+    return as_asked and all(is_as_listed(final / name, entry) for name, entry in entries.items())
 
 
 def _stored(target: Target, reader: NativeReader, dtype: str) -> Stored:

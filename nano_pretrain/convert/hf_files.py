@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from nano_pretrain.checkpoint.checksum import file_checksum
+from nano_pretrain.checkpoint.manifest import FileEntry
 from nano_pretrain.convert.safetensors_file import DTYPES
 from nano_pretrain.convert.work import JOURNAL, read_journal
 from nano_pretrain.recipe.errors import UserError
@@ -44,8 +46,7 @@ class HfReader:
         self.directory = directory
         weight_map = _weight_map(directory)
         self.files = sorted(set(weight_map.values())) or [SINGLE]
-        journal = read_journal(directory)
-        self._exported = journal["files"] if journal else {}
+        self._exported = _exported(directory)
         self._check = cache(self._check_file)
         self._open = lru_cache(OPEN_FILES)(self._open_file)
         self._places: dict[str, tuple[str, str]] = {}
@@ -77,7 +78,7 @@ class HfReader:
             raise UserError(f"{path}: damaged, {JOURNAL} beside it has another checksum; fetch or export it again")
 
     def _checksum(self, file: str) -> str | None:
-        return self._exported[file]["entry"]["xxh3"] if file in self._exported else None
+        return self._exported[file].xxh3 if file in self._exported else None
 
     def _open_file(self, file: str) -> Any:
         with (self.directory / file).open("rb") as stream:
@@ -96,17 +97,49 @@ class HfReader:
         for stored in opened.keys():  # noqa: SIM118 - it is no mapping
             entry = opened.get_slice(stored)
             name = canonical(stored)
+            if name in self._places:
+                raise UserError(f"{path}: tensor {stored} is there twice, also as {self._places[name][1]}; remove one")
             self._places[name] = (file, stored)
             self.shapes[name] = tuple(entry.get_shape())
             self._dtypes[name] = _dtype(path, stored, entry.get_dtype())
-        missing = [name for name, place in weight_map.items() if place == file and canonical(name) not in self.shapes]
-        if missing:
-            raise UserError(f"{path}: has no tensor {missing[0]}, which the index says it has; fetch it again")
+        there = {name for name, (place, _) in self._places.items() if place == file}
+        named = {canonical(name) for name, place in weight_map.items() if place == file}
+        for name in sorted(named - there):
+            raise UserError(f"{path}: has no tensor {name}, which the index says it has; fetch it again")
+        for name in sorted(there - named if weight_map else ()):
+            raise UserError(f"{path}: has a tensor {name}, which the index does not say it has; fetch both again")
+
+
+def _exported(directory: Path) -> dict[str, FileEntry]:
+    """Size and checksum of each file, where `export` has left them."""
+    journal = read_journal(directory)
+    if journal is None and not (directory / JOURNAL).exists():
+        return {}
+    try:
+        return {name: FileEntry(**file["entry"]) for name, file in (journal or {})["files"].items()}
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{directory / JOURNAL}: damaged; fetch or export the checkpoint again") from error
 
 
 def canonical(name: str) -> str:
     """A tensor's name in the table: transformers >= 5 may save `backbone.` as `model.`."""
     return PREFIX + name.removeprefix(PREFIX_IN_TRANSFORMERS) if name.startswith(PREFIX_IN_TRANSFORMERS) else name
+
+
+def read_tokenizer(path: Path, field: str) -> Tokenizer:
+    """A tokenizer.json.
+
+    Args:
+        path: of the file.
+        field: of the recipe that says where it is, for the message.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # The library raises no other class.
+        raise UserError(f"{field}: {path} is damaged or no tokenizer ({error}); bring it back") from error
 
 
 def _dtype(path: Path, name: str, stored: str) -> torch.dtype:
@@ -122,10 +155,11 @@ def _weight_map(directory: Path) -> dict[str, str]:
         try:
             weight_map = json.loads((directory / INDEX).read_text(encoding="utf-8"))["weight_map"]
             files = {str(name): str(file) for name, file in weight_map.items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{directory / INDEX}: damaged ({error}); fetch it again") from error
-        if outside := [file for file in files.values() if Path(file).name != file]:
-            raise UserError(f"{directory / INDEX}: names {outside[0]}, which is not beside it; fetch it again")
+        # What is not printable may be no file name at all.
+        if outside := [file for file in files.values() if Path(file).name != file or not file.isprintable()]:
+            raise UserError(f"{directory / INDEX}: names {outside[0]!r}, which is not beside it; fetch it again")
         return files
     if (directory / SINGLE).exists():
         return {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,17 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from nano_pretrain.checkpoint.files import write_whole
-from nano_pretrain.checkpoint.manifest import Manifest, all_checkpoints, checkpoints_directory, file_entries
+from nano_pretrain.checkpoint.files import write_json, write_whole
+from nano_pretrain.checkpoint.manifest import (
+    IMPORTED,
+    MANIFEST,
+    ORIGIN,
+    Manifest,
+    all_checkpoints,
+    checkpoints_directory,
+    file_entries,
+    unfinished_import,
+)
 from nano_pretrain.checkpoint.sharded import VERSIONS
 from nano_pretrain.convert.hf_files import HfReader
 from nano_pretrain.convert.names import Target, hf_tensors, native_tensors, shape_text
@@ -20,15 +29,17 @@ from nano_pretrain.convert.native_writer import NativeWriter
 from nano_pretrain.convert.progress import timed_bar
 from nano_pretrain.convert.sides import Sides
 from nano_pretrain.convert.verify import prepare_transformers, verify
-from nano_pretrain.convert.work import JOURNAL, Work
+from nano_pretrain.convert.work import JOURNAL, Work, forgotten_if_wrong, sync
 from nano_pretrain.data.shards import TOKENIZER_NAME
 from nano_pretrain.recipe.errors import UserError
 from nano_pretrain.recipe.load import to_yaml
 from nano_pretrain.recipe.schema import HfConfig, ModelConfig, Recipe
+from nano_pretrain.train.directory import STREAMS, only_trainer
 
-FORMAT = 1
+FORMAT = 2
 """Of what `import` writes; an interrupted import of another format is begun again."""
 
+RECIPE = "recipe.yaml"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -47,36 +58,60 @@ def import_checkpoint(recipe: Recipe, options: HfConfig, source: Path, run_dir: 
         UserError: the checkpoint is damaged or of another model, or the run has begun.
         RunError: what was written is not what was read.
     """
-    if found := all_checkpoints(run_dir):
-        raise UserError(f"run.name: {found[0]} is there already; choose another run.name")
+    with only_trainer(run_dir):
+        _check_new(run_dir)
+        _import(recipe, options, source, run_dir)
+    print(f"{run_dir}: imported {source}; to train it: nano-pretrain launch recipe={run_dir / 'recipe.yaml'}")
+
+
+def _import(recipe: Recipe, options: HfConfig, source: Path, run_dir: Path) -> None:
     if options.verify:
         prepare_transformers()
     reader = HfReader(source)
     _check_tensors(reader, recipe.model)
+    _compare_tokenizers(source, Path(recipe.data.path))
 
     def dtype(target: Target) -> torch.dtype:
         return DTYPES.get(options.dtype) or reader.dtype(target.parts[0].source)
 
-    work = Work(checkpoints_directory(run_dir) / "0", _identity(reader, options))
+    work = Work(checkpoints_directory(run_dir) / IMPORTED, _identity(recipe, reader, options))
     writer = NativeWriter(work.directory, native_tensors(recipe.model), dtype)
     left = {name: size for name, size in writer.files.items() if not work.has(name)}
     if work.kept:
-        print(f"{work.directory}: {work.kept} of {len(writer.files)} files are whole, going on with the next")
+        print(f"{work.directory}: {work.kept} of {len(writer.files)} files are there, going on")
     with timed_bar("importing", sum(left.values())) as done:
         for name in left:
             work.add(name, *writer.write(name, reader, done))
-    others = file_entries(work.directory, [*writer.finish(work.rest), JOURNAL])
-    versions = {name: version(name) for name in VERSIONS}
-    Manifest(0, 0, {}, versions, "", {**work.entries(), **others}, weights_only=True).write(work.directory)
+    writer.finish(work.rest)
     if options.verify:
         # What is read is compared bit for bit, which is more than checksums say.
         native = NativeReader(work.directory, before_reading=lambda _: None)
-        verify(Sides(recipe, reader, native, work.directory, exported=False))
+        with forgotten_if_wrong(work):
+            verify(Sides(recipe, reader, native, work.directory, exported=False))
+    work.finish(options.verify)
+    entries = {**work.entries(), **file_entries(work.directory, [JOURNAL])}
+    versions = {name: version(name) for name in VERSIONS}
+    Manifest(0, 0, {}, versions, "", entries, weights_only=True).write(work.directory)
+    sync(work.directory / MANIFEST)
     # Whoever starts from that file means the run, not the import.
-    write_whole(run_dir / "recipe.yaml", to_yaml(replace(recipe, hf=HfConfig())))
+    write_whole(run_dir / RECIPE, to_yaml(replace(recipe, hf=HfConfig())))
+    write_json(run_dir / ORIGIN, {"source": str(source.resolve()), "tokens": 0})
+    for name in (RECIPE, ORIGIN):
+        sync(run_dir / name)
     work.publish()
-    _compare_tokenizers(source, Path(recipe.data.path))
-    print(f"{run_dir}: imported {source}; to train it: nano-pretrain launch recipe={run_dir / 'recipe.yaml'}")
+
+
+def _check_new(run_dir: Path) -> None:
+    """Refuse a directory in which a run has begun; an import that was interrupted is gone on with.
+
+    Raises:
+        UserError: names what is there.
+    """
+    begun = [*all_checkpoints(run_dir), *(run_dir / name for name in (*STREAMS, "exit.json"))]
+    if not unfinished_import(run_dir):
+        begun.append(run_dir / RECIPE)
+    if found := [path for path in begun if path.exists()]:
+        raise UserError(f"run.name: {found[0]} is there already; choose another run.name")
 
 
 def _compare_tokenizers(source: Path, corpus: Path) -> None:
@@ -89,9 +124,15 @@ def _compare_tokenizers(source: Path, corpus: Path) -> None:
             print(f"data.path: {corpus} was tokenised for another model; prepare one with {fix}")
 
 
-def _identity(reader: HfReader, options: HfConfig) -> dict[str, Any]:
+def _identity(recipe: Recipe, reader: HfReader, options: HfConfig) -> dict[str, Any]:
     """What decides on the content of the files, as JSON gives it back."""
-    return {"format": FORMAT, "files": reader.identity(), "dtype": options.dtype}
+    return {
+        "format": FORMAT,
+        "made": "import",
+        "model": asdict(recipe.model),
+        "files": reader.identity(),
+        "dtype": options.dtype,
+    }
 
 
 def _check_tensors(reader: HfReader, model: ModelConfig) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, lru_cache
 from mmap import ACCESS_COPY, mmap
 from pathlib import Path
@@ -10,34 +11,64 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
-from nano_pretrain.checkpoint.manifest import damaged_files, read_manifest
+from nano_pretrain.checkpoint.manifest import MANIFEST, damaged_files, read_manifest
 from nano_pretrain.convert.names import native_tensors, shape_text
-from nano_pretrain.recipe.errors import UserError
+from nano_pretrain.recipe.errors import RunError, UserError
 from nano_pretrain.recipe.schema import ModelConfig
 
 MAIN_WEIGHTS = "optimizer.state.param."
 """Prefix of the FP32 weights that the optimizer updates; those of the model are them rounded."""
 OPEN_FILES, PIECES = 4, 64
+SMALL_FILES = (".metadata", "common.pt", "metadata.json")
+"""What torch and megatron-core read, the latter during verification, before any tensor."""
+
+
+@contextmanager
+def present(checkpoint: Path) -> Iterator[None]:
+    """Around whatever reads a checkpoint, which a run that goes on may remove meanwhile.
+
+    Raises:
+        UserError: reading failed, and the checkpoint is gone.
+    """
+    try:
+        yield
+    except RunError:
+        raise
+    # Of torch's, which is no Exception, come those of megatron-core's reader.
+    except (Exception, CheckpointException) as error:
+        if checkpoint.exists():
+            raise
+        raise UserError(
+            f"{checkpoint}: gone, the run has removed it; keep more with checkpoint.keep, or export another"
+        ) from error
 
 
 def open_checkpoint(checkpoint: Path, model: ModelConfig) -> NativeReader:
     """Open a whole checkpoint of a model; the content of each of its files is verified before it is read.
 
+    That of the small ones is at once.
+
     Raises:
         UserError: a file is damaged, or the checkpoint is of another model.
     """
     manifest = read_manifest(checkpoint)
-    assert manifest is not None
+    another = "choose another checkpoint with hf.checkpoint=TOKENS"
+    if manifest is None:
+        raise UserError(f"{checkpoint / MANIFEST}: missing or damaged; {another}")
 
     @cache
     def check(file: str) -> None:
+        if file not in manifest.files:
+            raise UserError(f"{checkpoint / MANIFEST}: damaged, it does not name {file}; {another}")
         if damaged_files(checkpoint, [file], manifest):
-            raise UserError(f"{checkpoint / file}: damaged; choose another checkpoint with hf.checkpoint=TOKENS")
+            raise UserError(f"{checkpoint / file}: damaged; {another}")
 
-    check(".metadata")
+    for file in SMALL_FILES:
+        check(file)
     reader = NativeReader(checkpoint, check)
     wanted, found = {target.name: target.shape for target in native_tensors(model)}, reader.shapes
     for name in [*wanted, *found]:

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import psutil
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
+from nano_pretrain.convert.hf_files import read_tokenizer
 from nano_pretrain.convert.names import hf_tensors
 from nano_pretrain.convert.sides import Sides
 from nano_pretrain.convert.verify_layers import compare_layers
@@ -140,7 +140,7 @@ def _ids(sides: Sides, count: int) -> tuple[Tensor, str]:
             return torch.from_numpy(stream.read((stream.tokens - count) // 2, count)), "held-out text"
     path = sides.hf.directory / TOKENIZER_NAME
     if path.is_file():
-        ids = Tokenizer.from_file(str(path)).encode(_PARAGRAPH, add_special_tokens=False).ids
+        ids = read_tokenizer(path, "hf.path").encode(_PARAGRAPH, add_special_tokens=False).ids
         if ids and max(ids) < vocabulary:
             return torch.tensor(ids).repeat(-(-count // len(ids)))[:count], "text"
     return torch.randint(vocabulary, (count,), generator=torch.Generator().manual_seed(0)), "no text, but random ids"

@@ -6,14 +6,16 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from nano_pretrain.checkpoint.checksum import file_checksum
 from nano_pretrain.checkpoint.files import write_json
 from nano_pretrain.checkpoint.manifest import FileEntry
-from nano_pretrain.recipe.errors import UserError
+from nano_pretrain.recipe.errors import RunError, UserError
 
 JOURNAL = "conversion.json"
 
@@ -58,7 +60,7 @@ class Work:
             rest: what else is to be known of it, as JSON can hold it.
         """
         self._files[name] = {"entry": asdict(entry), "rest": rest}
-        write_json(self.directory / JOURNAL, {"identity": self._identity, "files": self._files})
+        self._write(verified=False)
 
     def rest(self, name: str) -> Any:
         """What else is known of a file."""
@@ -68,15 +70,38 @@ class Work:
         """Size and checksum of each file."""
         return {name: FileEntry(**file["entry"]) for name, file in self._files.items()}
 
+    def finish(self, verified: bool) -> None:
+        """Note all other files that are there, made durable.
+
+        Args:
+            verified: whether the conversion was compared with its origin.
+        """
+        for path in sorted(self.directory.rglob("*")):
+            name = str(path.relative_to(self.directory))
+            if path.is_file() and name not in {*self._files, JOURNAL}:
+                sync(path)
+                entry = FileEntry(path.stat().st_size, file_checksum(path))
+                self._files[name] = {"entry": asdict(entry), "rest": None}
+        self._write(verified)
+        sync(self.directory / JOURNAL)
+
+    def forget(self) -> None:
+        """Let the next conversion begin anew: what is there is wrong."""
+        (self.directory / JOURNAL).unlink(missing_ok=True)
+
     def publish(self) -> None:
         """Give the directory its name, in the place of one that was there."""
-        _sync(self.directory)
+        sync(self.directory)
         remove_replaced(self._final)
         if self._final.exists():
             self._final.rename(_replaced(self._final))
         self.directory.rename(self._final)
-        _sync(self._final.parent)
+        sync(self._final.parent)
         remove_replaced(self._final)
+
+    def _write(self, verified: bool) -> None:
+        content = {"identity": self._identity, "verified": verified, "files": self._files}
+        write_json(self.directory / JOURNAL, content)
 
     def _lock(self) -> None:
         self._held = os.open(self.directory, os.O_RDONLY)
@@ -92,6 +117,16 @@ class Work:
             return {}
         there = {path.name: path.stat().st_size for path in self.directory.iterdir()}
         return {name: file for name, file in found["files"].items() if there.get(name) == file["entry"]["size"]}
+
+
+@contextmanager
+def forgotten_if_wrong(work: Work) -> Iterator[None]:
+    """Around a verification: what it finds wrong is not gone on with."""
+    try:
+        yield
+    except RunError:
+        work.forget()
+        raise
 
 
 def remove_replaced(final: Path) -> None:
@@ -113,8 +148,9 @@ def read_journal(directory: Path) -> dict[str, Any] | None:
     return found if known else None
 
 
-def _sync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Make a file, or the names in a directory, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

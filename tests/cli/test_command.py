@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 COMMAND = Path(sys.executable).with_name("nano-pretrain")
+FULL = "the disk is full; free space or write somewhere else"
 
 
 def run(*arguments: str, cwd: Path) -> tuple[subprocess.CompletedProcess[str], float]:
@@ -41,6 +42,27 @@ def test_reader_that_goes_away_is_no_traceback(tmp_path: Path) -> None:
     done = subprocess.run(["/bin/sh", "-c", line], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.stderr == ""
     assert done.stdout.startswith("The fields of the chosen recipe")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_to_a_full_disk_is_one_line(tmp_path: Path, unbuffered: str) -> None:
+    line = f"PYTHONUNBUFFERED={unbuffered} {COMMAND} train --help > /dev/full"
+    done = subprocess.run(["/bin/sh", "-c", line], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (2, f"nano-pretrain: stdout: {FULL}\n")
+
+
+def test_another_file_on_a_full_disk_is_not_called_stdout(tmp_path: Path) -> None:
+    code = """
+import errno, sys
+from nano_pretrain import cli
+def run(arguments):
+    print("said")
+    raise OSError(errno.ENOSPC, "No space left on device")
+cli._run = run
+cli.main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "said\n", f"nano-pretrain: a file: {FULL}\n")
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 
 import pytest
 import yaml
 
-from nano_pretrain.compose import compose, compose_sweep
+from nano_pretrain.checkpoint.manifest import ORIGIN
+from nano_pretrain.compose import check_imported, compose, compose_sweep
 from nano_pretrain.recipe.errors import UserError
+from nano_pretrain.recipe.load import to_yaml
 from nano_pretrain.recipe.schema import Recipe
 from tests.cli.conftest import Cli
 
@@ -165,6 +168,47 @@ def test_commands_of_a_sweep_compose_the_same_recipes() -> None:
 def test_range_without_end_is_refused() -> None:
     with pytest.raises(UserError, match=r"optimizer\.beta2: a range of real numbers"):
         compose_sweep(["optimizer.beta2=interval(0.9,0.99)"])
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Path:
+    """The recipe.yaml of a run, in a directory whose name Hydra would not read."""
+    path = tmp_path / "a (b) c" / "recipe.yaml"
+    path.parent.mkdir()
+    path.write_text(to_yaml(compose(["precision=bf16", "run.name=first", f"run.dir={tmp_path / 'runs'}"]).recipe))
+    return path
+
+
+@pytest.mark.parametrize("quote", ["", "'"])
+def test_a_written_recipe_is_the_start_of_another(written: Path, quote: str) -> None:
+    recipe = compose([f"recipe={quote}{written}{quote}", "run.seed=7"]).recipe
+    assert (recipe.run.name, recipe.run.seed, recipe.precision.name) == ("first", 7, "bf16")
+
+
+@pytest.mark.parametrize("override", ["precision=fp32", "+model=tiny", "~launch", "recipe=tiny"])
+def test_groups_cannot_be_chosen_beside_a_written_recipe(written: Path, override: str) -> None:
+    group = override.lstrip("+~").partition("=")[0]
+    with pytest.raises(UserError, match=f"{group}: groups cannot be chosen beside a written recipe; name single"):
+        compose([f"recipe={written}", override])
+
+
+def test_a_directory_or_nothing_is_no_recipe(written: Path) -> None:
+    for path in (written.parent, written.with_name("none.yaml"), "none.yaml"):
+        with pytest.raises(UserError, match=r"is no recipe \(.*; write recipe=RUN/recipe\.yaml or a name"):
+            compose([f"recipe={path}"])
+
+
+def test_a_sweep_from_a_run_begins_with_its_imported_weights_or_not_at_all(written: Path, cli: Cli) -> None:
+    sweep = [f"recipe={written}", "optimizer.beta2=0.95,0.99"]
+    for job in compose_sweep(sweep):
+        check_imported(job)
+    (written.parent / ORIGIN).write_text("{}")
+    answer = cli("launch", "--multirun", *sweep)
+    assert answer.code == 2
+    assert "first-optimizer.beta2=0.95 would begin without the weights" in answer.err
+    (job, _) = compose_sweep(sweep)
+    (Path(job.recipe.run.dir) / str(job.recipe.run.name) / "checkpoints" / "0").mkdir(parents=True)
+    check_imported(job)
 
 
 def test_sweep_goes_with_no_other_option(cli: Cli) -> None:

@@ -194,7 +194,8 @@ def test_run_that_does_not_exist_is_named(cli: Cli, tmp_path: Path, verb: str) -
 
 
 def test_unknown_verb_is_named(cli: Cli) -> None:
-    assert_one_line(cli("trian"), ["trian: no such verb", "prepare, train, launch, generate, evaluate, export, import, report"])
+    verbs = "prepare, train, launch, generate, evaluate, export, import, report"
+    assert_one_line(cli("trian"), ["trian: no such verb", verbs])
 
 
 @pytest.mark.parametrize("dry_run", ["true", "false"])

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
+from nano_pretrain.checkpoint.manifest import ORIGIN, Manifest
 from nano_pretrain.compose import compose
 from nano_pretrain.convert.beside import write_beside
 from nano_pretrain.prepare.documents import Document
@@ -145,10 +149,50 @@ def test_an_imported_checkpoint_has_no_course(
     assert "## Training" not in text
 
 
+@pytest.mark.parametrize(("tokens", "said"), [(0, "without a step of training"), (98_304, "for 98,304 tokens, with")])
+@pytest.mark.parametrize(
+    ("origin", "name"), [('{"source": "/a/Nemotron-9B", "tokens": 0}', "Nemotron-9B"), ("{", "an")]
+)
+def test_the_card_names_what_was_imported(
+    recipe: Recipe, tmp_path: Path, tokens: int, said: str, origin: str, name: str
+) -> None:
+    run_dir = write_run(tmp_path / "run")
+    (run_dir / ORIGIN).write_text(origin)
+    write_beside(tmp_path, recipe, run_dir, tokens, "bfloat16")
+    first = card(tmp_path).partition("## Use")[0]
+    assert f"weights imported from `{name}" in first
+    assert said in first
+    assert "trained on" not in first
+
+
+def test_the_card_names_the_dtype_of_every_weight(recipe: Recipe, tmp_path: Path) -> None:
+    layer = "backbone.layers.3.mixer."
+    floats = {layer + name: torch.zeros(2) for name in ("dt_bias", "A_log")}
+    save_file({**floats, layer + "norm.weight": torch.zeros(2).bfloat16()}, tmp_path / "model.safetensors")
+    write_beside(tmp_path, recipe, tmp_path / "no run", 0, "bfloat16")
+    assert "| weights | bfloat16; float32: `mixer.A_log`, `mixer.dt_bias` |" in card(tmp_path)
+
+
 def test_the_tokenizer_of_another_model(recipe: Recipe, tmp_path: Path) -> None:
     other = replace(recipe, model=replace(recipe.model, vocab_size=601))
     with pytest.raises(UserError, match="has 600 entries, the model 601"):
         write_beside(tmp_path, other, tmp_path / "no run", 0, "bf16")
+
+
+def test_a_tokenizer_that_is_damaged(recipe: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{")
+    damaged = replace(recipe, data=replace(recipe.data, path=str(tmp_path)))
+    with pytest.raises(UserError, match=r"data\.path: .*tokenizer\.json is damaged or no tokenizer \(EOF"):
+        write_beside(tmp_path, damaged, tmp_path / "no run", 0, "bf16")
+
+
+def test_a_tokenizer_of_the_same_size_that_is_not_the_run_s(recipe: Recipe, corpus: Path, tmp_path: Path) -> None:
+    right = sha256((corpus / "tokenizer.json").read_bytes()).hexdigest()
+    manifest = Manifest(0, 0, {}, {}, "", {}, shards={"tokenizer": right, "sources": {}})
+    assert TOKENIZER[0] in write_beside(tmp_path, recipe, tmp_path / "no run", 0, "bf16", manifest)
+    other = replace(manifest, shards={"tokenizer": "0" * 64, "sources": {}})
+    with pytest.raises(UserError, match=r"data\.path: .* is not the tokenizer that the checkpoint was trained with"):
+        write_beside(tmp_path, recipe, tmp_path / "no run", 0, "bf16", other)
 
 
 @pytest.mark.parametrize("content", ["{broken", None])

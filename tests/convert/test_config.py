@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nano_pretrain.compose import compose
-from nano_pretrain.convert.config import hf_config, model_from_config, read_config
+from nano_pretrain.convert.config import CONSTANTS, hf_config, model_from_config, not_kept, read_config
 from nano_pretrain.convert.names import hf_tensors
 from nano_pretrain.plan.params import count_parameters
 from nano_pretrain.recipe.errors import UserError
@@ -85,7 +84,7 @@ def peer_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 @given(models())
 def test_what_is_written_is_read(model: ModelConfig) -> None:
     config = hf_config(Recipe(model=model), max_position_embeddings=4096, torch_dtype="bfloat16")
-    assert ModelConfig(**model_from_config(json.loads(json.dumps(config)))) == model
+    assert ModelConfig(**model_from_config(json.loads(json.dumps(config))), init_std=model.init_std) == model
 
 
 @settings(max_examples=8)
@@ -101,7 +100,7 @@ def test_transformers_builds_the_tensors_of_the_table(model: ModelConfig) -> Non
 def test_named_recipes(name: str) -> None:
     recipe = named(name)
     config = hf_config(recipe, max_position_embeddings=8192, torch_dtype="bfloat16")
-    assert ModelConfig(**model_from_config(config)) == recipe.model
+    assert ModelConfig(**model_from_config(config), init_std=recipe.model.init_std) == recipe.model
 
 
 def test_a_named_recipe_has_as_many_parameters_in_transformers() -> None:
@@ -118,9 +117,9 @@ def test_released_models_are_the_named_recipes(name: str, spelling: str, tmp_pat
     if spelling in NAMES:
         config = in_the_new_spelling(config, NAMES[spelling])
     (tmp_path / "config.json").write_text(json.dumps(config))
+    fields = model_from_config(read_config(tmp_path))
     # 0.02 is what their config.json says, not what they were trained with.
-    expected = replace(named(name).model, init_std=0.02)
-    assert ModelConfig(**model_from_config(read_config(tmp_path))) == expected
+    assert ModelConfig(**fields, init_std=named(name).model.init_std) == named(name).model
 
 
 def test_transformers_reads_it_without_a_clamp(tmp_path: Path) -> None:
@@ -148,7 +147,7 @@ def test_what_transformers_saves_again_is_read(tmp_path: Path) -> None:
     AutoConfig.from_pretrained(written(SMALL, tmp_path)).save_pretrained(tmp_path / "again")
     config = read_config(tmp_path / "again")
     assert "layers_block_type" in config
-    assert ModelConfig(**model_from_config(config)) == SMALL
+    assert ModelConfig(**model_from_config(config), init_std=SMALL.init_std) == SMALL
 
 
 def test_readers_whose_layer_types_are_a_property(tmp_path: Path) -> None:
@@ -187,6 +186,7 @@ def test_readers_whose_layer_types_are_a_property(tmp_path: Path) -> None:
         ({"hybrid_override_pattern": "M-E*M"}, 'hybrid_override_pattern="E": layer 3'),
         ({"hybrid_override_pattern": None}, "hybrid_override_pattern: missing"),
         ({"hybrid_override_pattern": ""}, "it has no layer"),
+        ({"hybrid_override_pattern": {"M": 1}}, "neither a pattern nor a list"),
         ({"layers_block_type": ["mamba", "moe"]}, 'layers_block_type="moe": layer 2'),
         ({"layers_block_type": ["mamba", "mlp"]}, 'layers_block_type="M-": hybrid_override_pattern says "M-*-M"'),
         ({"num_hidden_layers": 52}, "num_hidden_layers=52: the layers' types are 5"),
@@ -234,10 +234,26 @@ def test_nothing_is_assumed_of_a_missing_key() -> None:
         model_from_config(config)
 
 
-def test_initializer_range_may_be_missing() -> None:
+def test_constants_that_are_missing_are_what_transformers_takes_them_for() -> None:
+    from transformers import NemotronHConfig
+
     config = hf_config(Recipe(model=SMALL), max_position_embeddings=4096, torch_dtype="float32")
-    del config["initializer_range"]
-    assert "init_std" not in model_from_config(config)
+    constants = {name: key.value for key in CONSTANTS for name in key.names if name != "model_type"}
+    assert model_from_config({name: config[name] for name in config if name not in constants}) == model_from_config(
+        config
+    )
+    theirs = NemotronHConfig()
+    for name, value in constants.items():
+        if hasattr(theirs, name) and name != "architectures":
+            assert getattr(theirs, name) == (tuple(value) if isinstance(value, list) else value), name
+
+
+def test_special_ids_that_an_import_does_not_keep_are_said() -> None:
+    config = hf_config(Recipe(model=SMALL), max_position_embeddings=4096, torch_dtype="float32")
+    assert not_kept(config) == not_kept({}) == not_kept({**config, "bos_token_id": None}) == []
+    bos, eos = not_kept({**config, "eos_token_id": [2, 12], "bos_token_id": 3})
+    assert "bos_token_id=3 is not kept" in bos
+    assert eos == "config.json: eos_token_id=[2, 12] is not kept: documents end by 2"
 
 
 @pytest.mark.parametrize(
@@ -247,6 +263,7 @@ def test_initializer_range_may_be_missing() -> None:
         (b"{", "cannot be read as JSON"),
         (b"\xff", "cannot be read"),
         (b"[1]", "not a JSON object"),
+        (b"[" * 100_000, "cannot be read as JSON"),
     ],
 )
 def test_no_config(content: bytes | None, said: str, tmp_path: Path) -> None:
@@ -256,3 +273,14 @@ def test_no_config(content: bytes | None, said: str, tmp_path: Path) -> None:
         read_config(tmp_path)
     assert str(tmp_path / "config.json") in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_a_tag_that_is_none_is_left(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": {"__float__": []}}')
+    assert read_config(tmp_path) == {"model_type": {"__float__": []}}
+
+
+def test_a_file_is_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"^hf\.path: .*file is no directory"):
+        read_config(tmp_path / "file")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import socket
 from collections.abc import Callable
@@ -188,6 +189,18 @@ def test_other_weights_are_named(hf: Path, checkpoint: Path, how: str, change: C
     save_file(tensors, hf / SINGLE)
     with pytest.raises(RunError, match=rf"{name}\[.*in the Hugging Face model.*in the native"):
         verify.verify(export_of(checkpoint, hf))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_is_named(tmp_path: Path, dtype: torch.dtype, value: float) -> None:
+    tensors = random_tensors(RECIPE.model, dtype)
+    tensors[name := "backbone.layers.0.mixer.out_proj.weight"][3, 5] = value
+    source = write_hf(tmp_path / "from", tensors)
+    written = hf_config(RECIPE, max_position_embeddings=64, torch_dtype="float32")
+    (source / CONFIG_NAME).write_text(json.dumps(written))
+    with pytest.raises(RunError, match=rf"{name}\[3, 5\]: {value} is not finite"):
+        import_checkpoint(RECIPE, HfConfig(), source, tmp_path / "run")
 
 
 def test_weights_that_change_while_transformers_loads_them_are_named(
