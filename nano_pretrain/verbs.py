@@ -188,15 +188,14 @@ def export(recipe: Recipe, overrides: list[str]) -> int:
 
 def import_(recipe: Recipe, overrides: list[str]) -> int:
     """A Hugging Face checkpoint to the start of a run."""
-    from nano_pretrain.convert.config import model_from_config, read_config
+    from nano_pretrain.convert.config import model_from_config, not_kept, read_config
     from nano_pretrain.recipe.rules import check
 
     if recipe.hf.path is None:
         raise RecipeError("hf.path", "is not given", "write hf.path=DIRECTORY of the checkpoint")
     source = Path(recipe.hf.path)
-    model = model_from_config(read_config(source))
-    # How first weights are drawn stays the recipe's: these are not.
-    model.pop("init_std", None)
+    config = read_config(source)
+    model = model_from_config(config)
     for name, value in model.items():
         if getattr(recipe.model, name) != value and any(part.startswith(f"model.{name}=") for part in overrides):
             raise RecipeError(f"model.{name}", f"the checkpoint's is {value}", "leave it out")
@@ -205,6 +204,8 @@ def import_(recipe: Recipe, overrides: list[str]) -> int:
     from nano_pretrain.convert.importing import import_checkpoint
 
     with _files_named(run_directory(recipe)):
+        for line in not_kept(config):
+            print(line)
         import_checkpoint(recipe, recipe.hf, source, run_directory(recipe))
     return EXIT_DONE
 

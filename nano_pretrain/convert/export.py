@@ -12,12 +12,12 @@ from torch import Tensor
 
 from nano_pretrain.checkpoint.checksum import file_checksum
 from nano_pretrain.checkpoint.files import write_json
-from nano_pretrain.checkpoint.manifest import MANIFEST, FileEntry, checkpoints_directory, is_as_listed
+from nano_pretrain.checkpoint.manifest import MANIFEST, FileEntry, checkpoints_directory, is_as_listed, read_manifest
 from nano_pretrain.convert.assemble import Source, blocks
 from nano_pretrain.convert.beside import write_beside
 from nano_pretrain.convert.hf_files import INDEX, SINGLE, HfReader
 from nano_pretrain.convert.names import Target, hf_tensors
-from nano_pretrain.convert.native import NativeReader, open_checkpoint
+from nano_pretrain.convert.native import NativeReader, open_checkpoint, present
 from nano_pretrain.convert.progress import timed_bar
 from nano_pretrain.convert.safetensors_file import Stored, stored_bytes, write_safetensors
 from nano_pretrain.convert.sides import Sides
@@ -52,6 +52,11 @@ def export(recipe: Recipe, options: HfConfig, run_dir: Path, checkpoint: Path) -
     final = (Path(options.path) if options.path else run_dir / "hf").resolve()
     if checkpoints_directory(run_dir).resolve() in (final, *final.parents):
         raise UserError(f"hf.path: {final} lies among the run's checkpoints; choose another")
+    with present(checkpoint):
+        _export(recipe, options, run_dir, checkpoint, final)
+
+
+def _export(recipe: Recipe, options: HfConfig, run_dir: Path, checkpoint: Path, final: Path) -> None:
     identity = _identity(recipe, options, checkpoint)
     if _is_there(final, identity, options.verify):
         remove_replaced(final)
@@ -68,7 +73,8 @@ def export(recipe: Recipe, options: HfConfig, run_dir: Path, checkpoint: Path) -
         print(f"{work.directory}: {work.kept} of {len(files)} files are there, going on")
     _write_weights(recipe, work, files, reader)
     embedding = next(iter(files.values()))[0]
-    write_beside(work.directory, recipe, run_dir, int(checkpoint.name), str(embedding[2]).removeprefix("torch."))
+    dtype = str(embedding[2]).removeprefix("torch.")
+    write_beside(work.directory, recipe, run_dir, int(checkpoint.name), dtype, read_manifest(checkpoint))
     if options.verify:
         with forgotten_if_wrong(work):
             verify(Sides(recipe, HfReader(work.directory), reader, checkpoint, exported=True))

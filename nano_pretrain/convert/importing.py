@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 
 from nano_pretrain.checkpoint.files import write_json, write_whole
 from nano_pretrain.checkpoint.manifest import (
@@ -22,7 +21,7 @@ from nano_pretrain.checkpoint.manifest import (
     unfinished_import,
 )
 from nano_pretrain.checkpoint.sharded import VERSIONS
-from nano_pretrain.convert.hf_files import HfReader
+from nano_pretrain.convert.hf_files import HfReader, read_tokenizer
 from nano_pretrain.convert.names import Target, hf_tensors, native_tensors, shape_text
 from nano_pretrain.convert.native import NativeReader
 from nano_pretrain.convert.native_writer import NativeWriter
@@ -118,7 +117,10 @@ def _compare_tokenizers(source: Path, corpus: Path) -> None:
     """Say so where the corpus has another tokenizer than the model."""
     files = source / TOKENIZER_NAME, corpus / TOKENIZER_NAME
     if all(file.is_file() for file in files):
-        theirs, ours = (Tokenizer.from_file(str(file)).get_vocab() for file in files)
+        theirs, ours = (
+            read_tokenizer(files[0], "hf.path").get_vocab(),
+            read_tokenizer(files[1], "data.path").get_vocab(),
+        )
         if theirs != ours:
             fix = f"data.tokenizer.kind=file data.tokenizer.file={files[0]}"
             print(f"data.path: {corpus} was tokenised for another model; prepare one with {fix}")

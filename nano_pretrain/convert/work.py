@@ -142,9 +142,10 @@ def read_journal(directory: Path) -> dict[str, Any] | None:
     """What a directory was converted from, and its files; None where it is not one of ours."""
     try:
         found = json.loads((directory / JOURNAL).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
-    known = isinstance(found, dict) and isinstance(found.get("files"), dict) and "identity" in found
+    kinds = {"files": dict, "identity": dict, "verified": bool}
+    known = isinstance(found, dict) and all(isinstance(found.get(name), kind) for name, kind in kinds.items())
     return found if known else None
 
 
