@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
+from nano_pretrain.checkpoint.files import sync
 from nano_pretrain.checkpoint.manifest import (
     MANIFEST,
     Manifest,
@@ -310,8 +311,4 @@ def _sync(directory: Path) -> None:
     """Make the directory's entries durable before the next rename depends on them."""
     manifest = directory / MANIFEST
     for path in (manifest, directory) if manifest.exists() else (directory,):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync(path)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from nano_pretrain.checkpoint.files import write_json, write_whole
+from nano_pretrain.checkpoint.files import sync, write_json, write_whole
 from nano_pretrain.checkpoint.manifest import (
     IMPORTED,
     MANIFEST,
@@ -28,7 +28,7 @@ from nano_pretrain.convert.native_writer import NativeWriter
 from nano_pretrain.convert.progress import timed_bar
 from nano_pretrain.convert.sides import Sides
 from nano_pretrain.convert.verify import prepare_transformers, verify
-from nano_pretrain.convert.work import JOURNAL, Work, forgotten_if_wrong, sync
+from nano_pretrain.convert.work import JOURNAL, Work, forgotten_if_wrong
 from nano_pretrain.data.shards import TOKENIZER_NAME
 from nano_pretrain.recipe.errors import UserError
 from nano_pretrain.recipe.load import to_yaml

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nano_pretrain.checkpoint.checksum import file_checksum
-from nano_pretrain.checkpoint.files import write_json
+from nano_pretrain.checkpoint.files import sync, write_json
 from nano_pretrain.checkpoint.manifest import FileEntry
 from nano_pretrain.recipe.errors import RunError, UserError
 
@@ -147,12 +147,3 @@ def read_journal(directory: Path) -> dict[str, Any] | None:
     kinds = {"files": dict, "identity": dict, "verified": bool}
     known = isinstance(found, dict) and all(isinstance(found.get(name), kind) for name, kind in kinds.items())
     return found if known else None
-
-
-def sync(path: Path) -> None:
-    """Make a file, or the names in a directory, durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

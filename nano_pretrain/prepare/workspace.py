@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from nano_pretrain.checkpoint.files import sync
 from nano_pretrain.recipe.errors import UserError
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
@@ -58,23 +59,15 @@ def move_in(partial: Path, target: Path, last: str) -> None:
     """
     files = [path for path in partial.rglob("*") if path.is_file() and path.name not in (LOCK_NAME, last)]
     for path in [*files, partial / last]:
-        _sync(path)
+        sync(path)
     places = {path: target / path.relative_to(partial) for path in files}
     with _disk_errors_explained(target, REFUSED):
         for path, place in places.items():
             path.replace(place)
         for directory in {place.parent for place in places.values()}:
-            _sync(directory)
+            sync(directory)
         (partial / last).replace(target / last)
-        _sync(target)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync(target)
 
 
 @contextmanager
