@@ -12,6 +12,8 @@ from torch import Tensor
 from nano_pretrain.convert.names import Target
 
 BLOCK_BYTES = 1 << 26
+ASKED_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+"""What `hf.dtype` may ask for beside the stored one."""
 
 
 class Source(Protocol):

@@ -7,13 +7,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from nano_pretrain.checkpoint.checksum import file_checksum
 from nano_pretrain.checkpoint.files import write_json
 from nano_pretrain.checkpoint.manifest import MANIFEST, FileEntry, checkpoints_directory, is_as_listed, read_manifest
-from nano_pretrain.convert.assemble import Source, blocks
+from nano_pretrain.convert.assemble import ASKED_DTYPES, Source, blocks
 from nano_pretrain.convert.beside import write_beside
 from nano_pretrain.convert.hf_files import INDEX, SINGLE, HfReader
 from nano_pretrain.convert.names import Target, hf_tensors
@@ -29,8 +28,6 @@ from nano_pretrain.recipe.schema import HfConfig, Recipe
 
 FORMAT = 2
 """Of what `export` writes; an interrupted export of another format is begun again."""
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def export(recipe: Recipe, options: HfConfig, run_dir: Path, checkpoint: Path) -> None:
@@ -120,7 +117,7 @@ def _is_there(final: Path, identity: Mapping[str, Any], verified: bool) -> bool:
 
 
 def _stored(target: Target, reader: NativeReader, dtype: str) -> Stored:
-    return target.name, target.shape, DTYPES.get(dtype) or reader.dtype(target.parts[0].source)
+    return target.name, target.shape, ASKED_DTYPES.get(dtype) or reader.dtype(target.parts[0].source)
 
 
 def divided(tensors: Sequence[Stored], file_gigabytes: float) -> dict[str, list[Stored]]:

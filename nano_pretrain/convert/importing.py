@@ -21,6 +21,7 @@ from nano_pretrain.checkpoint.manifest import (
     unfinished_import,
 )
 from nano_pretrain.checkpoint.sharded import VERSIONS
+from nano_pretrain.convert.assemble import ASKED_DTYPES
 from nano_pretrain.convert.hf_files import HfReader, read_tokenizer
 from nano_pretrain.convert.names import Target, hf_tensors, native_tensors, shape_text
 from nano_pretrain.convert.native import NativeReader
@@ -39,7 +40,6 @@ FORMAT = 2
 """Of what `import` writes; an interrupted import of another format is begun again."""
 
 RECIPE = "recipe.yaml"
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def import_checkpoint(recipe: Recipe, options: HfConfig, source: Path, run_dir: Path) -> None:
@@ -71,7 +71,7 @@ def _import(recipe: Recipe, options: HfConfig, source: Path, run_dir: Path) -> N
     _compare_tokenizers(source, Path(recipe.data.path))
 
     def dtype(target: Target) -> torch.dtype:
-        return DTYPES.get(options.dtype) or reader.dtype(target.parts[0].source)
+        return ASKED_DTYPES.get(options.dtype) or reader.dtype(target.parts[0].source)
 
     work = Work(checkpoints_directory(run_dir) / IMPORTED, _identity(recipe, reader, options))
     writer = NativeWriter(work.directory, native_tensors(recipe.model), dtype)

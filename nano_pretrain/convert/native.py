@@ -111,10 +111,6 @@ class NativeReader:
         dtype: torch.dtype = self._tensors[name].properties.dtype
         return dtype
 
-    def exact_dtype(self, name: str) -> torch.dtype:
-        """Dtype of what `rows` gives."""
-        return self.dtype(self._exact(name))
-
     def rows(self, name: str, start: int, count: int) -> Tensor:
         """Rows [start, start + count) of a tensor, of the main weights where the checkpoint has them."""
         name = self._exact(name)

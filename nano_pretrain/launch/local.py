@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from nano_pretrain.launch.heeding import heeding
 from nano_pretrain.launch.supervise import Cause, End, Outcome, Supervisor
 from nano_pretrain.recipe.errors import EXIT_USER_ERROR, UserError
 
@@ -92,12 +93,8 @@ def _stop_requests() -> Iterator[deque[signal.Signals]]:
 
     # nohup promises that SIGHUP does nothing.
     heeded = [number for number in _FORWARDED if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
-    previous = {number: signal.signal(number, note) for number in heeded}
-    try:
+    with heeding(heeded, note):
         yield requests
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _explain(outcome: Outcome, logs: Sequence[Path | None], lengths: Sequence[int]) -> None:

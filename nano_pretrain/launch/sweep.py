@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
+from nano_pretrain.launch.heeding import heeding
 from nano_pretrain.recipe.errors import EXIT_CONTINUE, EXIT_DONE, EXIT_FAILED
 
 _STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -40,12 +41,8 @@ def _stop_requests() -> Iterator[list[int]]:
     def note(number: int, frame: FrameType | None) -> None:
         requests.append(number)
 
-    previous = {number: signal.signal(number, note) for number in _STOP}
-    try:
+    with heeding(_STOP, note):
         yield requests
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _run(command: Sequence[str], requests: Sequence[int]) -> int:
