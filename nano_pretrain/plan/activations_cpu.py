@@ -207,8 +207,8 @@ def held(sizes: Sizes, last: bool) -> int:
 def update(buffers: Iterable[ParameterBuffer], last: int) -> int:
     """What the reduction of the gradients and the optimizer need beside them.
 
-    Under the distributed optimizer gloo copies the gradients before it sums them over the ranks; the copies stay to the
-    end of the reduction. The optimizer scales the gradients one by one, by a copy.
+    Under the distributed optimizer gloo copies the gradients before it sums them over several ranks; the copies stay to
+    the end of the reduction. The optimizer scales the gradients one by one, by a copy.
 
     Args:
         buffers: of the rank.
@@ -219,7 +219,7 @@ def update(buffers: Iterable[ParameterBuffer], last: int) -> int:
 
 def copied(buffers: Iterable[ParameterBuffer], layer: int) -> int:
     """Gloo's copies of the gradients that are being reduced when the backward pass comes to a layer."""
-    return sum(buffer.reduced_before(layer) for buffer in buffers if buffer.sharded)
+    return sum(buffer.reduced_before(layer) for buffer in buffers if buffer.sharded and buffer.ranks > 1)
 
 
 def _lanes(count: int) -> int:

@@ -37,6 +37,7 @@ MODULES = (
     "megatron.core.pipeline_parallel.schedules",
     "megatron.core.distributed",
     "megatron.core.distributed.finalize_model_grads",
+    "megatron.core.distributed.param_and_grad_buffer",
     "megatron.core.fusions.fused_bias_dropout",
     "megatron.core.optimizer",
     "megatron.core.dist_checkpointing",
@@ -215,7 +216,30 @@ def fused_adam(view: ModuleType) -> None:
     distributed.__dict__.update(Adam=FusedAdam, HAVE_APEX_OR_TE=True, USING_APEX_OPTIMIZER=True)
 
 
-ADAPTATIONS: tuple[Callable[[ModuleType], None], ...] = (view_torch, rng_setter, mamba_kernels, final_norm, fused_adam)
+def lone_ranks(view: ModuleType) -> None:
+    """A data-parallel group of one rank: gloo copies all gradients, and all parameters, onto themselves."""
+    buffers = importlib.import_module("megatron.core.distributed.param_and_grad_buffer")
+    for name in ("dist_reduce_scatter_func", "dist_all_gather_func"):
+        buffers.__dict__[name] = _unless_alone(buffers.__dict__[name])
+
+
+def _unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
+    """A collective between a buffer and this rank's part of it; of one rank that is the buffer."""
+
+    def call(output: torch.Tensor, source: torch.Tensor, *, group: Any, **kwargs: Any) -> Any:
+        return None if group.size() == 1 else collective(output, source, group=group, **kwargs)
+
+    return call
+
+
+ADAPTATIONS: tuple[Callable[[ModuleType], None], ...] = (
+    view_torch,
+    rng_setter,
+    mamba_kernels,
+    final_norm,
+    fused_adam,
+    lone_ranks,
+)
 """Applied once per process, in order; `CpuPlatform.optimizer_scope` is the one that is applied only for a while."""
 
 _applied: list[ModuleType] = []

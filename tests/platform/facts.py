@@ -141,6 +141,25 @@ def rng_tracker(without: str | None) -> Tracker:
     return Tracker(switched, restored, untouched, len(torch.cuda._queued_calls) - queued)
 
 
+def collectives_of_a_step(without: str | None) -> set[str]:
+    """Which kinds of collective between a buffer and its parts one step calls, with all adaptations but one."""
+    from torch.profiler import profile
+
+    from nano_pretrain.train.step import Trainable
+    from tests.model.building import batch, build
+    from tests.model.recipes import small_recipe
+
+    cpu.ADAPTATIONS = tuple(adaptation for adaptation in cpu.ADAPTATIONS if adaptation.__name__ != without)
+    platform, recipe = current_platform(), small_recipe("bf16")
+    platform.prepare(0, threads=1)
+    with process_groups(platform, ranks_from_environment(), recipe.parallel, timeout_seconds=60):
+        trainable = Trainable(recipe, recipe.parallel, platform, build(platform, recipe))
+        with profile() as profiler:
+            trainable.step(iter([batch(recipe, seed=0)]), 1, (48, 2), lr=1e-2, stop=False)
+    called = [event.key.replace("allgather", "all_gather") for event in profiler.key_averages()]
+    return {kind for kind in ("reduce_scatter", "all_gather") if any(f"c10d::{kind}" in name for name in called)}
+
+
 def platform_where_cuda_exists() -> tuple[str, list[str]]:
     """The platform's name, and which names of megatron-core it changed, where torch says that there is a GPU."""
     import torch

@@ -27,7 +27,7 @@ FAILURES = {
 
 def test_every_adaptation_is_tested() -> None:
     names = {adaptation.__name__ for adaptation in cpu.ADAPTATIONS}
-    assert names | {"tensors_as_cuda"} == FAILURES.keys() | {"rng_setter"}
+    assert names | {"tensors_as_cuda"} == FAILURES.keys() | {"rng_setter", "lone_ranks"}
 
 
 @pytest.mark.parametrize("name", FAILURES)
@@ -44,6 +44,11 @@ def test_without_the_rng_setter_the_tracker_does_not_switch_and_calls_pile_up() 
     without: facts.Tracker = run_ranks(facts.rng_tracker, 1, "rng_setter")[0]
     assert not without.switched
     assert without.queued_calls > 0
+
+
+def test_without_lone_ranks_a_rank_reduces_and_gathers_by_itself() -> None:
+    assert run_ranks(facts.collectives_of_a_step, 1, None)[0] == set()
+    assert run_ranks(facts.collectives_of_a_step, 1, "lone_ranks")[0] == {"reduce_scatter", "all_gather"}
 
 
 @pytest.fixture(scope="module")

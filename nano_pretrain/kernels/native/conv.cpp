@@ -9,22 +9,29 @@ constexpr i64 PIECE = 512;
 // Smallest block of tokens. The backward pass computes width - 1 tokens after each block once more.
 constexpr i64 BLOCK = 32;
 
+// Taps of a filter that one pass over the channels takes: the usual filter whole. A narrower one is padded with zeros.
+constexpr i64 TAPS = 4;
+
 template <class T>
 struct Convolution {
   using W = wide<T>;
   Tokens<const T> x;
-  const W* bias;                // [channels] or null
   const std::int32_t* seq_idx;  // [batch, length] or null
   i64 batch, length, channels, width;
-  std::vector<W> filter;  // [width, channels], by distance: the first row belongs to the token itself
+  i64 taps = std::max(width, TAPS);
+  std::vector<W> filter;  // [taps, channels], by distance: the first row belongs to the token itself
+  std::vector<W> bias;    // [channels]
+  std::vector<T> no_token = std::vector<T>(PIECE);
+  std::vector<W> no_gradient = std::vector<W>(PIECE);
 
-  Convolution(Tokens<const T> x, const void* weight_, const void* bias, const std::int32_t* seq_idx, i64 batch,
+  Convolution(Tokens<const T> x, const void* weight_, const void* bias_, const std::int32_t* seq_idx, i64 batch,
               i64 length, i64 channels, i64 width)
-      : x(x), bias(static_cast<const W*>(bias)), seq_idx(seq_idx), batch(batch), length(length), channels(channels),
-        width(width), filter(width * channels) {
+      : x(x), seq_idx(seq_idx), batch(batch), length(length), channels(channels), width(width),
+        filter(taps * channels), bias(channels) {
     auto weight = static_cast<const W*>(weight_);
     for (i64 c = 0; c < channels; c++)
       for (i64 s = 0; s < width; s++) filter[s * channels + c] = weight[c * width + width - 1 - s];
+    if (bias_) std::copy_n(static_cast<const W*>(bias_), channels, bias.begin());
   }
 
   i64 blocks() const { return blocks_of(batch * length, BLOCK); }
@@ -33,16 +40,35 @@ struct Convolution {
 
   // Whether a filter reaches from token `late` to the earlier token `early`.
   bool reaches(i64 b, i64 early, i64 late) const {
-    if (early < 0 || late >= length) return false;
+    if (late - early >= width || early < 0 || late >= length) return false;
     return !seq_idx || seq_idx[b * length + early] == seq_idx[b * length + late];
   }
 
-  // sum[...] = the convolution at one token, for channels of `range`.
-  void at(i64 b, i64 t, Range range, W* sum) const {
-    auto [begin, end] = range;
-    for (i64 i = begin; i < end; i++) sum[i - begin] = bias ? bias[i] : W(0);
-    for (i64 s = 0; s < width && reaches(b, t - s, t); s++)
-      add_product(end - begin, &filter[s * channels + begin], x(b, t - s) + begin, sum);
+  const W* tap(i64 s, i64 channel) const { return &filter[s * channels + channel]; }
+
+  // What tap s of token t takes: zeros where it does not reach.
+  const T* token(i64 b, i64 t, i64 s, i64 channel) const {
+    return reaches(b, t - s, t) ? x(b, t - s) + channel : no_token.data();
+  }
+
+  // body(i, sum, x0, x1, x2, x3) for each channel of `range`: the convolution at one token, and what its first taps took.
+  template <class Body>
+  void at(i64 b, i64 t, Range range, Body body) const {
+    i64 c = range.begin, n = range.end - c;
+    W scratch[PIECE];
+    const W* start = &bias[c];
+    if (width > TAPS) {
+      std::copy_n(start, n, scratch);
+      for (i64 s = TAPS; s < width; s++) add_product(n, tap(s, c), token(b, t, s, c), scratch);
+      start = scratch;
+    }
+    const W *f0 = tap(0, c), *f1 = tap(1, c), *f2 = tap(2, c), *f3 = tap(3, c);
+    const T *t0 = token(b, t, 0, c), *t1 = token(b, t, 1, c), *t2 = token(b, t, 2, c), *t3 = token(b, t, 3, c);
+#pragma omp simd
+    for (i64 i = 0; i < n; i++) {
+      W x0 = widen(t0[i]), x1 = widen(t1[i]), x2 = widen(t2[i]), x3 = widen(t3[i]);
+      body(i, start[i] + f0[i] * x0 + f1[i] * x1 + f2[i] * x2 + f3[i] * x3, x0, x1, x2, x3);
+    }
   }
 
   template <class U>
@@ -64,18 +90,16 @@ void sequences(Range rows, i64 length, Body body) {
 
 template <class T>
 void forward(const Convolution<T>& conv, Tokens<T> out_tokens, i64 threads) {
+  using W = wide<T>;
   i64 pieces = conv.pieces(), blocks = conv.blocks();
   parallel(blocks * pieces, threads, [&](i64 task) {
     Range channels = conv.piece(task % pieces);
-    wide<T> sum[PIECE];
-    Range rows = block_of(conv.batch * conv.length, task / pieces, blocks);
-    for (i64 row = rows.begin; row < rows.end; row++) {
-      i64 b = row / conv.length, t = row % conv.length;
-      conv.at(b, t, channels, sum);
-      T* out = out_tokens(b, t) + channels.begin;
-#pragma omp simd
-      for (i64 i = 0; i < channels.end - channels.begin; i++) narrow(sum[i] * sigmoid(sum[i]), out[i]);
-    }
+    sequences(block_of(conv.batch * conv.length, task / pieces, blocks), conv.length, [&](i64 b, i64 begin, i64 end) {
+      for (i64 t = begin; t < end; t++) {
+        T* out = out_tokens(b, t) + channels.begin;
+        conv.at(b, t, channels, [=](i64 i, W sum, W, W, W, W) { narrow(sum * sigmoid(sum), out[i]); });
+      }
+    });
   });
 }
 
@@ -87,44 +111,61 @@ struct Backward {
   Tokens<const T> grad;
   Tokens<T> dx;
   Range channels;
-  W* sums;  // of filter and bias [width + 1, channels]
-  i64 n = channels.end - channels.begin;
-  std::vector<W> ring = std::vector<W>(conv.width * PIECE);  // gradients before the SiLU of the last `width` tokens
+  W* sums;  // of filter and bias [taps + 1, channels]
+  i64 c = channels.begin, n = channels.end - c;
+  std::vector<W> ring = std::vector<W>(conv.taps * PIECE);  // gradients before the SiLU of the last tokens
+  std::vector<W> unused = std::vector<W>((TAPS + 1) * PIECE);
 
-  W* slot(i64 t) { return &ring[t % conv.width * PIECE]; }
+  W* slot(i64 t) { return &ring[t % conv.taps * PIECE]; }
+  W* sum(i64 s) { return sums + s * conv.channels + c; }
 
-  void before_silu(i64 b, i64 t) {
-    W* g = slot(t);
-    conv.at(b, t, channels, g);
-    const T* in = grad(b, t) + channels.begin;
-#pragma omp simd
-    for (i64 i = 0; i < n; i++) g[i] = widen(in[i]) * silu_slope(g[i], sigmoid(g[i]));
+  // The gradient before the SiLU; those of the first taps and of the bias are added to `d`.
+  void before_silu(i64 b, i64 t, W* const (&d)[TAPS + 1]) {
+    W *g = slot(t), *d0 = d[0], *d1 = d[1], *d2 = d[2], *d3 = d[3], *dbias = d[TAPS];
+    const T* in = grad(b, t) + c;
+    conv.at(b, t, channels, [=](i64 i, W sum, W x0, W x1, W x2, W x3) {
+      W slope = widen(in[i]) * silu_slope(sum, sigmoid(sum));
+      g[i] = slope;
+      d0[i] += slope * x0;
+      d1[i] += slope * x1;
+      d2[i] += slope * x2;
+      d3[i] += slope * x3;
+      dbias[i] += slope;
+    });
   }
 
-  void add_to_sums(i64 b, i64 t) {
-    const W* g = slot(t);
-    for (i64 s = 0; s < conv.width && conv.reaches(b, t - s, t); s++)
-      conv.add_product(n, g, conv.x(b, t - s) + channels.begin, sums + s * conv.channels + channels.begin);
-    W* dbias = sums + conv.width * conv.channels + channels.begin;
-    for (i64 i = 0; i < n; i++) dbias[i] += g[i];
+  void own(i64 b, i64 t) {
+    before_silu(b, t, {sum(0), sum(1), sum(2), sum(3), sum(conv.taps)});
+    for (i64 s = TAPS; s < conv.width; s++) conv.add_product(n, slot(t), conv.token(b, t, s, c), sum(s));
   }
+
+  // A token of the next block, whose part of the sums is counted there.
+  void next(i64 b, i64 t) {
+    W* u = unused.data();
+    before_silu(b, t, {u, u + PIECE, u + 2 * PIECE, u + 3 * PIECE, u + 4 * PIECE});
+  }
+
+  // The gradient that token t gets through tap s.
+  const W* later(i64 b, i64 t, i64 s) { return conv.reaches(b, t, t + s) ? slot(t + s) : conv.no_gradient.data(); }
 
   // Needs the gradients of the width - 1 tokens after t.
   void write_dx(i64 b, i64 t) {
-    W sum[PIECE] = {};
-    for (i64 s = 0; s < conv.width && conv.reaches(b, t, t + s); s++)
-      conv.add_product(n, slot(t + s), &conv.filter[s * conv.channels + channels.begin], sum);
-    T* out = dx(b, t) + channels.begin;
+    W start[PIECE] = {};
+    for (i64 s = TAPS; s < conv.width; s++) conv.add_product(n, later(b, t, s), conv.tap(s, c), start);
+    const W *f0 = conv.tap(0, c), *f1 = conv.tap(1, c), *f2 = conv.tap(2, c), *f3 = conv.tap(3, c);
+    const W *g0 = later(b, t, 0), *g1 = later(b, t, 1), *g2 = later(b, t, 2), *g3 = later(b, t, 3);
+    T* out = dx(b, t) + c;
 #pragma omp simd
-    for (i64 i = 0; i < n; i++) narrow(sum[i], out[i]);
+    for (i64 i = 0; i < n; i++)
+      narrow(start[i] + g0[i] * f0[i] + g1[i] * f1[i] + g2[i] * f2[i] + g3[i] * f3[i], out[i]);
   }
 
   void operator()(i64 b, i64 begin, i64 end) {
-    i64 later = conv.width - 1;
-    for (i64 t = begin; t < end + later; t++) {
-      if (t < conv.length) before_silu(b, t);
-      if (t < end) add_to_sums(b, t);
-      if (t - later >= begin) write_dx(b, t - later);
+    i64 behind = conv.width - 1;
+    for (i64 t = begin; t < end + behind; t++) {
+      if (t < end) own(b, t);
+      if (t >= end && t < conv.length) next(b, t);
+      if (t - behind >= begin) write_dx(b, t - behind);
     }
   }
 };
@@ -134,7 +175,7 @@ void backward(const Convolution<T>& conv, Tokens<const T> grad, Tokens<T> dx, vo
               i64 threads) {
   using W = wide<T>;
   i64 pieces = conv.pieces(), blocks = conv.blocks(), channels = conv.channels, width = conv.width;
-  i64 count = (width + 1) * channels;
+  i64 count = (conv.taps + 1) * channels;
   std::vector<W> partial(blocks * count), total(count);
   parallel(blocks * pieces, threads, [&](i64 task) {
     i64 block = task / pieces;
@@ -145,7 +186,7 @@ void backward(const Convolution<T>& conv, Tokens<const T> grad, Tokens<T> dx, vo
   auto dweight = static_cast<W*>(dweight_);
   for (i64 c = 0; c < channels; c++)
     for (i64 s = 0; s < width; s++) dweight[c * width + width - 1 - s] = total[s * channels + c];
-  std::copy_n(&total[width * channels], channels, static_cast<W*>(dbias_));
+  std::copy_n(&total[conv.taps * channels], channels, static_cast<W*>(dbias_));
 }
 
 template <class T>
