@@ -153,13 +153,14 @@ def test_outputs_do_not_depend_on_later_tokens() -> None:
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("width", [2, 4, 6])
 def test_what_is_not_finite_shows_where_the_filter_reaches(
-    implementation: str, dtype: torch.dtype, value: float
+    implementation: str, dtype: torch.dtype, value: float, width: int
 ) -> None:
-    inputs = converted(convolution_inputs(60, 4, channels=40, reset=False), dtype)
-    end = 34
+    inputs = converted(convolution_inputs(60, width, channels=40, reset=False), dtype)
+    end = 30 + width
     if implementation == "native":  # the plain one multiplies by 0 across the border
-        inputs["seq_idx"], end = (torch.arange(60) >= 32).expand(2, -1), 32
+        inputs["seq_idx"], end = (torch.arange(60) >= 33).expand(2, -1), min(end, 33)
     inputs["x"][1, 30, 7] = value
     found = values_and_gradients(causal_conv_silu, inputs, [output_gradient(inputs)])
     seen_at = torch.zeros(2, 60, 40, dtype=torch.bool)
