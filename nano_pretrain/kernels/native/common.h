@@ -47,6 +47,10 @@ inline void narrow(float value, bf16& out) {
 inline void narrow(float value, float& out) { out = value; }
 inline void narrow(double value, double& out) { out = value; }
 
+// Whether exp(x) would be denormal, or 0.
+inline bool vanishes(float x) { return x < -87.3f; }
+inline bool vanishes(double x) { return x < -708.3; }
+
 // exp(x) to about 1 ulp, in a form that compilers vectorise: 2^n times a polynomial on [-ln2/2, ln2/2] (Cephes' expf).
 // Below -87.3, where the result would be denormal, 0; above 88.3, infinity; NaN stays NaN.
 inline float exponential(float x) {
@@ -63,7 +67,7 @@ inline float exponential(float x) {
   std::int32_t scale = (std::int32_t(n) + 127) << 23;
   float power;
   std::memcpy(&power, &scale, 4);
-  return x < -87.3f ? 0.f : p * power;
+  return vanishes(x) ? 0.f : p * power;
 }
 inline double exponential(double x) { return std::exp(x); }
 

@@ -50,10 +50,7 @@ inline W* tile_memory(i64 count) {
 template <class W, int VECTORS>
 inline void gemm_block(i64 k, const W* a, i64 a_row, i64 a_column, const W* b, i64 b_row, W* c, i64 c_row, bool add) {
   using V = vector<W>;
-  V sum[ROWS][VECTORS];
-  for (i64 i = 0; i < ROWS; i++)
-    for (int j = 0; j < VECTORS; j++)
-      sum[i][j] = add ? *reinterpret_cast<const V*>(c + i * c_row + j * LANES<W>) : V{};
+  V sum[ROWS][VECTORS] = {};
   for (i64 l = 0; l < k; l++) {
     V row[VECTORS];
     for (int j = 0; j < VECTORS; j++) row[j] = *reinterpret_cast<const V*>(b + l * b_row + j * LANES<W>);
@@ -63,11 +60,15 @@ inline void gemm_block(i64 k, const W* a, i64 a_row, i64 a_column, const W* b, i
     }
   }
   for (i64 i = 0; i < ROWS; i++)
-    for (int j = 0; j < VECTORS; j++) *reinterpret_cast<V*>(c + i * c_row + j * LANES<W>) = sum[i][j];
+    for (int j = 0; j < VECTORS; j++) {
+      V& out = *reinterpret_cast<V*>(c + i * c_row + j * LANES<W>);
+      out = add ? out + sum[i][j] : sum[i][j];
+    }
 }
 
-// C[m, n] = A[m, k] B[k, n], or += with `add`. Element (i, l) of A is a[i a_row + l a_column], so that A may be a
-// transposed tile; B and C have rows of b_row and c_row elements. m is a multiple of ROWS, n of LANES.
+// C[m, n] = A[m, k] B[k, n]; with `add` that sum is added to C, rounded once. Element (i, l) of A is
+// a[i a_row + l a_column], so that A may be a transposed tile; B and C have rows of b_row and c_row elements. m is a
+// multiple of ROWS, n of LANES.
 template <class W>
 inline void gemm(i64 m, i64 n, i64 k, const W* a, i64 a_row, i64 a_column, const W* b, i64 b_row, W* c, i64 c_row,
                  bool add) {

@@ -104,7 +104,7 @@ struct Documents {
 template <class W>
 struct Decay {
   W dt[CHUNK];
-  W sum[CHUNK];         // of dt a up to and with token q
+  double sum[CHUNK];    // of dt a up to and with token q; decays are of its differences, which are rounded once
   W from_start[CHUNK];  // of the state before the chunk, at token q
   W to_end[CHUNK];      // of token k's contribution, at the end of the chunk
   W keep;               // of the state over the whole chunk
@@ -114,10 +114,10 @@ struct Decay {
     for (i64 q = 0; q < CHUNK; q++) {
       dt[q] = q < tokens ? steps[q * stride] : W(0);
       total += double(dt[q]) * rate;
-      sum[q] = W(total);
+      sum[q] = total;
     }
-    for (i64 q = 0; q < CHUNK; q++) from_start[q] = exponential(sum[q]);
-    for (i64 q = 0; q < CHUNK; q++) to_end[q] = exponential(sum[CHUNK - 1] - sum[q]);
+    for (i64 q = 0; q < CHUNK; q++) from_start[q] = exponential(W(sum[q]));
+    for (i64 q = 0; q < CHUNK; q++) to_end[q] = exponential(W(sum[CHUNK - 1] - sum[q]));
     keep = documents.sees_state(CHUNK - 1) ? from_start[CHUNK - 1] : W(0);
     for (i64 q = 0; q < CHUNK; q++) from_start[q] = documents.sees_state(q) ? from_start[q] : W(0);
     for (i64 k = 0; k < documents.last(); k++) to_end[k] = 0;
@@ -128,13 +128,13 @@ struct Decay {
   void fill(W* tile, const Documents& documents) const {
     W column[CHUNK];
     for (i64 strip = 0; strip < CHUNK; strip += STRIP) {
-      for (i64 k = 0; k < strip; k++) column[k] = exponential(sum[strip] - sum[k]);
+      for (i64 k = 0; k < strip; k++) column[k] = exponential(W(sum[strip] - sum[k]));
       for (i64 q = strip; q < strip + STRIP; q++) {
         W* row = tile + q * CHUNK;
-        W factor = exponential(sum[q] - sum[strip]);
+        W factor = exponential(W(sum[q] - sum[strip]));
         for (i64 k = 0; k < strip; k++) row[k] = factor * column[k];
         for (i64 k = strip; k < strip + STRIP; k++) {
-          W value = exponential(sum[q] - sum[k]);
+          W value = exponential(W(sum[q] - sum[k]));
           row[k] = k <= q ? value : W(0);
         }
         for (i64 k = 0; k < documents.first[q]; k++) row[k] = 0;

@@ -108,8 +108,8 @@ class Backward {
     for (i64 h = 0; h < at.heads; h++) {
       store_state(dstate + h * n * p, p, s.channels, s.state,
                   to.dinitial ? to.dinitial + head_of_sample(h) * s.channels * s.state : nullptr);
-      to.da[head_of_sample(h)] = da[h];
-      to.dd[head_of_sample(h)] = dd[h];
+      to.da[head_of_sample(h)] = W(da[h]);
+      to.dd[head_of_sample(h)] = W(dd[h]);
     }
   }
 
@@ -201,6 +201,8 @@ class Backward {
     W later = 0;
     for (i64 q = CHUNK - 1; q >= 0; q--) {
       later += dsum[q];
+      // No decay that is not 0 reaches over this token: what is left is rounding, which dt would multiply.
+      if ((documents.first[q] == q && !documents.sees_state(q)) || vanishes(decay.dt[q] * to.a[head])) later = 0;
       da[h] += decay.dt[q] * later;
       if (q < tokens) out[q * s.heads] = ddt[q] + to.a[head] * later;
     }
@@ -252,7 +254,7 @@ class Backward {
   W *scores, *dscores, *weights, *dweights;
   W *x, *x_transposed, *dy, *dy_weighted, *dy_transposed, *dx, *through_state, *scratch;
   W *before, *dstate;
-  std::vector<W> da, dd;
+  std::vector<double> da, dd;  // sums over the whole sequence
 };
 
 template <class T>
