@@ -68,6 +68,7 @@ struct Forward {
     i64 count = keys.end - keys.begin, width = packed.width;
     W* rows = tile_memory<W>(KEYS * width);
     load(key + s.key.at(keys.begin, sample, group), s.key.token, count, s.dim, W(1), rows, KEYS, width);
+    // Whole vectors of channels: the last ones may lie where the values come to lie, which are written afterwards.
     transpose<W>(KEYS, s.dim, rows, width, packed.keys(task), KEYS);
     load(value + s.value.at(keys.begin, sample, group), s.value.token, count, s.dim, W(1), packed.values(task), KEYS,
          width);

@@ -275,8 +275,7 @@ void backward(const void* shape, const void* x, const void* dt, const void* a, c
                          static_cast<W*>(dinitial)};
   const Shape& s = arguments.shape;
   i64 tasks = s.batch * s.groups * s.blocks();
-#pragma omp parallel for num_threads(threads) schedule(dynamic)
-  for (i64 task = 0; task < tasks; task++) Backward<T>(arguments, Task(s, task)).run();
+  parallel(tasks, threads, [&](i64 task) { Backward<T>(arguments, Task(s, task)).run(); });
 }
 
 }  // namespace

@@ -97,8 +97,7 @@ void forward(const void* shape, const void* x, const void* dt, const void* a, co
                          static_cast<W*>(kept)};
   const Shape& s = arguments.shape;
   i64 tasks = s.batch * s.groups * s.blocks();
-#pragma omp parallel for num_threads(threads) schedule(dynamic)
-  for (i64 task = 0; task < tasks; task++) Forward<T>(arguments, Task(s, task)).run();
+  parallel(tasks, threads, [&](i64 task) { Forward<T>(arguments, Task(s, task)).run(); });
 }
 
 }  // namespace
