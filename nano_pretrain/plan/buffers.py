@@ -12,6 +12,7 @@ from enum import IntEnum
 from functools import cache, cached_property
 
 from nano_pretrain.plan.ranks import ParameterTensor
+from nano_pretrain.recipe.rules_precision import fp8_layers
 from nano_pretrain.recipe.schema import ModelConfig, ParallelConfig, PrecisionConfig
 
 GRADIENT_BYTES = 4
@@ -211,10 +212,7 @@ def storage_of(tensor: ParameterTensor, model: ModelConfig, precision: Precision
 
 def layer_is_fp8(layer: int, model: ModelConfig, precision: PrecisionConfig) -> bool:
     """Whether the two linears of a layer are quantised: Transformer Engine switches by layer, so both or none."""
-    if not precision.name.startswith("fp8"):
-        return False
-    first, end = 2 * layer, 2 * layer + 2
-    return first >= precision.bf16_first_linears and end <= 2 * len(model.pattern) - precision.bf16_last_linears
+    return layer in fp8_layers(model.pattern, precision)
 
 
 def fp8_copy(tensor: ParameterTensor, precision: PrecisionConfig) -> int:

@@ -13,6 +13,7 @@ from nano_pretrain.platform.cuda_limits import check_kernels
 from nano_pretrain.recipe.derived import parameter_dtype, stage_layout
 from nano_pretrain.recipe.errors import RecipeError
 from nano_pretrain.recipe.rules_gpu import refuse_on_cpu
+from nano_pretrain.recipe.rules_precision import without_fp8
 from nano_pretrain.recipe.schema import Recipe
 
 DIRECTORY = Path(__file__).parent / "hardware"
@@ -58,9 +59,8 @@ class Device:
         """
         tflops = self.tflops[number_format]
         if tflops is None:
-            raise RecipeError(
-                "plan.hardware", f"{self.name} has no {number_format.upper()} products", "write precision=bf16"
-            )
+            problem = f"{self.name} has no {number_format.upper()} products"
+            raise RecipeError("plan.hardware", problem, f"write {without_fp8()}")
         return tflops * 1e12
 
     def core_rate(self, kind: str, number_format: str) -> float:

@@ -9,6 +9,7 @@ from nano_pretrain.plan.data import repetition_notes, short_phase_notes, short_t
 from nano_pretrain.plan.device import Device
 from nano_pretrain.plan.room import without_room_on
 from nano_pretrain.plan.whole import Plan
+from nano_pretrain.recipe.rules_precision import LINEARS_PER_LAYER, fp8_layers
 from nano_pretrain.recipe.schema import PlanConfig
 
 NOT_COUNTED = (
@@ -19,7 +20,8 @@ NOT_COUNTED = (
 
 def notes(plan: Plan) -> list[str]:
     """One line each, warnings first."""
-    return [*warnings(plan), *_of_layouts(plan), *assumptions(plan.device, plan.recipe.plan, plan.calibration)]
+    assumed = assumptions(plan.device, plan.recipe.plan, plan.calibration)
+    return [*warnings(plan), *_of_precision(plan), *_of_layouts(plan), *assumed]
 
 
 def warnings(plan: Plan) -> Iterator[str]:
@@ -35,8 +37,15 @@ def warnings(plan: Plan) -> Iterator[str]:
     yield from short_text_notes(plan.data.long_text)
     yield from shorter_stage_notes(plan.data.curriculum)
     yield from short_phase_notes(plan.data.curriculum)
-    if plan.recipe.precision.name.startswith("fp8") and plan.device.platform == "cpu":
-        yield f"{plan.recipe.precision.name} is counted as BF16, in time and memory: a CPU has no FP8 products"
+
+
+def _of_precision(plan: Plan) -> Iterator[str]:
+    """How much of a model that is trained in FP8 is."""
+    pattern, precision = plan.recipe.model.pattern, plan.recipe.precision
+    if layers := len(fp8_layers(pattern, precision)):
+        share = f"{LINEARS_PER_LAYER * layers} of {LINEARS_PER_LAYER * len(pattern)} linears in FP8"
+        counted = ", counted as BF16 in time and memory: a CPU has no FP8 products"
+        yield f"{precision.name}: {share}{counted if plan.device.platform == 'cpu' else ''}"
 
 
 def _of_layouts(plan: Plan) -> Iterator[str]:

@@ -9,8 +9,8 @@ from nano_pretrain.recipe.derived import stage_layout
 from nano_pretrain.recipe.errors import RecipeError
 from nano_pretrain.recipe.pattern import count_layers
 from nano_pretrain.recipe.rules_layout import layout_field
-from nano_pretrain.recipe.rules_precision import LINEARS_PER_LAYER
-from nano_pretrain.recipe.schema import Recipe
+from nano_pretrain.recipe.rules_precision import LINEARS_PER_LAYER, without_fp8
+from nano_pretrain.recipe.schema import PrecisionConfig, Recipe
 
 CHUNK = 128
 """Tokens of a chunk of the scan: megatron-core 0.16's mixer."""
@@ -65,7 +65,7 @@ def check_cuda(recipe: Recipe, facts: CudaFacts) -> None:
             attention has no kernel, more layers stay BF16 than megatron-core takes, or CUDA graphs do not go with the
             environment.
     """
-    check_fp8_support(recipe.precision.name, facts)
+    check_fp8_support(recipe.precision, facts)
     for name in recipe.stages:
         check_kernels(recipe, name)
         check_graphs(recipe, name, facts)
@@ -84,27 +84,27 @@ def check_kernels(recipe: Recipe, stage_name: str) -> None:
     check_attention(recipe, stage_name)
 
 
-def check_fp8_support(precision: str, facts: CudaFacts) -> None:
+def check_fp8_support(precision: PrecisionConfig, facts: CudaFacts) -> None:
     """Compare device, CUDA and environment with what an FP8 recipe needs.
 
     Raises:
         RecipeError: one of them is too old, or the device cannot scale as the environment asks.
     """
-    if precision not in NEEDS:
+    name = precision.name
+    if name not in NEEDS:
         return
-    capability, cuda = NEEDS[precision]
+    capability, cuda = NEEDS[name]
     if facts.capability < capability:
-        problem = (
-            f"{precision} needs compute capability {_dotted(capability)}, this GPU has {_dotted(facts.capability)}"
-        )
-        others = [name for name, (least, _) in NEEDS.items() if least <= facts.capability]
-        raise RecipeError("precision.name", problem, f"write precision={(*others, 'bf16')[0]}")
+        problem = f"{name} needs compute capability {_dotted(capability)}, this GPU has {_dotted(facts.capability)}"
+        others = [f"precision.name={other}" for other, (least, _) in NEEDS.items() if least <= facts.capability]
+        raise RecipeError("precision.name", problem, f"write {(*others, without_fp8(precision))[0]}")
     if facts.cuda < cuda:
-        problem = f"{precision} needs CUDA {_dotted(cuda)}, torch was built with {_dotted(facts.cuda)}"
-        raise RecipeError("precision.name", problem, "install torch for a newer CUDA, or write precision=bf16")
-    if precision == "fp8_blockwise" and facts.capability >= BLACKWELL and facts.fp32_scales:
-        problem = f"{precision} needs scales that are powers of two on compute capability {_dotted(facts.capability)}"
-        raise RecipeError("precision.name", problem, f"unset {FP32_SCALES}, or write precision=bf16")
+        problem = f"{name} needs CUDA {_dotted(cuda)}, torch was built with {_dotted(facts.cuda)}"
+        fix = f"install torch for a newer CUDA, or write {without_fp8(precision)}"
+        raise RecipeError("precision.name", problem, fix)
+    if name == "fp8_blockwise" and facts.capability >= BLACKWELL and facts.fp32_scales:
+        problem = f"{name} needs scales that are powers of two on compute capability {_dotted(facts.capability)}"
+        raise RecipeError("precision.name", problem, f"unset {FP32_SCALES}, or write {without_fp8(precision)}")
 
 
 def check_bf16_layers(recipe: Recipe, stage_name: str) -> None:
@@ -193,7 +193,8 @@ def check_attention(recipe: Recipe, stage_name: str) -> None:
     if whole and recipe.precision.name == "fp32" and stage_layout(recipe, stage).context > 1:
         problem = "Transformer Engine's attention has no FP32 under context parallelism"
         field = f"{layout_field(stage_name, stage)}.context"
-        raise RecipeError(field, problem, f"write {field}=1, precision=bf16 or data.document_boundaries=reset")
+        fix = f"write {field}=1, {without_fp8(recipe.precision)} or data.document_boundaries=reset"
+        raise RecipeError(field, problem, fix)
 
 
 def check_graphs(recipe: Recipe, stage_name: str, facts: CudaFacts) -> None:

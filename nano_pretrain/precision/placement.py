@@ -8,7 +8,7 @@ from typing import Any
 from nano_pretrain.platform.base import PlatformName
 from nano_pretrain.precision.linear import BLOCKWISE, CURRENT_SCALING
 from nano_pretrain.recipe.pattern import LayerType, parse_pattern
-from nano_pretrain.recipe.rules_precision import LINEARS_PER_LAYER
+from nano_pretrain.recipe.rules_precision import LINEARS_PER_LAYER, fp8_layers
 from nano_pretrain.recipe.schema import PrecisionConfig
 
 FP8_RECIPES = {"fp8_blockwise": BLOCKWISE, "fp8_current_scaling": CURRENT_SCALING}
@@ -46,10 +46,8 @@ class Linear:
 
 def fp8_linears(pattern: str, precision: PrecisionConfig) -> list[Linear]:
     """Those that are quantised, of all pipeline positions: all but the first and last of the model."""
-    if precision.name not in FP8_RECIPES:
-        return []
-    linears = [Linear(layer, name) for layer, kind in enumerate(parse_pattern(pattern)) for name in LINEARS[kind]]
-    return linears[precision.bf16_first_linears : len(linears) - precision.bf16_last_linears]
+    kinds = parse_pattern(pattern)
+    return [Linear(layer, name) for layer in fp8_layers(pattern, precision) for name in LINEARS[kinds[layer]]]
 
 
 def engine_fields(precision: PrecisionConfig, platform: PlatformName) -> dict[str, Any]:

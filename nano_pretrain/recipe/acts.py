@@ -87,7 +87,7 @@ def continuation(recipe: Recipe, overrides: Sequence[str], directory: Path, toke
         elif resume == Resume.RECORDED and new in _earlier(field, acts):
             _set(recipe, field, old)
         else:
-            refuse_difference(field, new, old, directory)
+            refuse_difference(field, recipe, before, directory)
     return Continuation(recipe, acts, tuple(told))
 
 

@@ -122,15 +122,30 @@ def differences(new: Any, old: Any, prefix: str = "") -> Iterator[tuple[str, Any
             yield name, value, before, item.metadata["resume"]
 
 
-def refuse_difference(field: str, new: Any, old: Any, run_dir: Path) -> NoReturn:
+def refuse_difference(field: str, recipe: Recipe, before: Recipe, run_dir: Path) -> NoReturn:
     """Refuse to go on with a run that would learn something else.
+
+    Args:
+        field: in which its recipe differs, and may not.
+        recipe: the new one.
+        before: that of the run.
+        run_dir: of the run.
 
     Raises:
         UserError: always.
     """
-    # Stages and phases cannot be written on the command line; a precision by itself leaves its linears behind.
-    written = "precision" if field == "precision.name" else field
-    way_back = "" if isinstance(old, list) else f", or write {written}={as_written(old)} to continue that run"
+    differing = {name: (new, old, resume) for name, new, old, resume in differences(recipe, before)}
+    new, old, _ = differing[field]
+    # Fields of one group depend on each other, as a precision and its linears. What was told now is not taken back, and
+    # stages and phases cannot be written on the command line.
+    group = field.rpartition(".")[0]
+    values = [
+        f"{name}={as_written(value)}"
+        for name, (_, value, resume) in differing.items()
+        if name == field or (resume == Resume.FIXED and name.rpartition(".")[0] == group)
+        if not isinstance(value, list)
+    ]
+    way_back = "" if isinstance(old, list) else f", or write {' '.join(values)} to continue that run"
     raise UserError(
         f"{field}: {as_written(new)} differs from {as_written(old)} of the run in {run_dir}; "
         f"choose another run.name{way_back}"

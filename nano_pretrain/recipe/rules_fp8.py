@@ -10,7 +10,7 @@ from typing import Any
 from nano_pretrain.recipe.derived import stage_layout, stage_ranks
 from nano_pretrain.recipe.errors import RecipeError
 from nano_pretrain.recipe.rules_layout import divisors, layout_field, ranks_field
-from nano_pretrain.recipe.rules_precision import Misfit, fp8_misfits
+from nano_pretrain.recipe.rules_precision import Misfit, fp8_misfits, without_fp8
 from nano_pretrain.recipe.rules_ranks import check_layout, near_ranks
 from nano_pretrain.recipe.schema import ParallelConfig, Recipe
 
@@ -35,10 +35,10 @@ def _refusal(recipe: Recipe, stage_name: str, misfit: Misfit) -> RecipeError:
     """Fewer tensor-parallel ranks where they mend it, else another value of its field."""
     if misfit.by_tensor and (fewer := _fewer_ranks(recipe, stage_name, misfit)):
         field = f"{layout_field(stage_name, recipe.stages[stage_name])}.tensor"
-        return RecipeError(field, misfit.problem, f"write {fewer}, or precision=bf16")
+        return RecipeError(field, misfit.problem, f"write {fewer}, or {without_fp8(recipe.precision)}")
     near = " or ".join(map(str, _near_values(recipe, stage_name, misfit)))
     unshared = _without_sequence(recipe, stage_name, misfit)
-    fix = f"write {near or f'another {misfit.field}'}, {unshared}or precision=bf16"
+    fix = f"write {near or f'another {misfit.field}'}, {unshared}or {without_fp8(recipe.precision)}"
     return RecipeError(misfit.field, misfit.problem, fix)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from nano_pretrain.recipe.derived import stage_layout
 from nano_pretrain.recipe.errors import RecipeError
 from nano_pretrain.recipe.rules_layout import layout_field
+from nano_pretrain.recipe.rules_precision import without_fp8
 from nano_pretrain.recipe.schema import ParallelConfig, Recipe, StageConfig
 from nano_pretrain.recipe.split import stage_build
 
@@ -43,7 +44,7 @@ def tensor_overlap(recipe: Recipe) -> None:
         if recipe.precision.name == "fp32":
             raise RecipeError(field, "sums in BF16, and precision.name is fp32", f"write {field}=false")
         if recipe.precision.name == "fp8_blockwise":
-            fix = f"write {field}=false, precision=fp8_current_scaling or precision=bf16"
+            fix = f"write {field}=false, precision.name=fp8_current_scaling or {without_fp8(recipe.precision)}"
             raise RecipeError(field, "gathers no blocks of FP8, and precision.name is fp8_blockwise", fix)
         _one_shape(recipe, name, field)
 

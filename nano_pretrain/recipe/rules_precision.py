@@ -22,31 +22,67 @@ LINEARS_PER_LAYER = 2
 
 
 def bf16_linears(recipe: Recipe) -> None:
-    """Linears are kept in BF16 only where others are FP8, by whole layers, and no more than there are."""
-    precision, linears = recipe.precision, LINEARS_PER_LAYER * len(recipe.model.pattern)
+    """FP8 is for some layers, and those that stay BF16 at its ends are whole; without FP8 there are no such ends."""
+    precision = recipe.precision
     ends = {"first": precision.bf16_first_linears, "last": precision.bf16_last_linears}
-    for end, other in (("first", "last"), ("last", "first")):
-        count, field = ends[end], f"precision.bf16_{end}_linears"
-        if count and not precision.name.startswith("fp8"):
+    if precision.name.startswith("fp8"):
+        linears = LINEARS_PER_LAYER * len(recipe.model.pattern)
+        _some_in_fp8(precision, ends, linears)
+        _whole_layers(ends, linears)
+        return
+    for end, count in ends.items():
+        if count:
             problem = f"{count} linears are kept out of FP8, and precision is {precision.name}"
-            raise RecipeError(field, problem, f"write precision={precision.name} alone, or precision=fp8_blockwise")
-        room = linears - ends[other]
+            fix = f"write {without_fp8(precision, precision.name)}, or precision.name=fp8_blockwise"
+            raise RecipeError(f"precision.bf16_{end}_linears", problem, fix)
+
+
+def _some_in_fp8(precision: PrecisionConfig, ends: dict[str, int], linears: int) -> None:
+    """Refuse ends that leave nothing between them: such a run would be BF16 under the name of FP8."""
+    if sum(ends.values()) < linears:
+        return
+    end, other = sorted(ends, key=lambda name: -ends[name])
+    field = f"precision.bf16_{end}_linears"
+    most = _most(linears - ends[other])
+    smaller = f"{field}={most} or less" if most >= 0 else f"{field}=0 precision.bf16_{other}_linears=0"
+    counts = f"{ends[end]} and the {other} {ends[other]} leave" if ends[other] else f"{ends[end]} leaves"
+    problem = f"{counts} none of the {linears} linears of the model in FP8"
+    raise RecipeError(field, problem, f"write {smaller}, or {without_fp8(precision)}")
+
+
+def _whole_layers(ends: dict[str, int], linears: int) -> None:
+    """Transformer Engine's FP8 context is entered by layer, and a layer has two linears."""
+    for end, count in ends.items():
         if count % LINEARS_PER_LAYER:
-            # Transformer Engine's FP8 context is entered by layer, and a layer has two linears.
             problem = f"{count} ends inside a layer, which has {LINEARS_PER_LAYER} linears"
-            fix = f"write {count - 1} or {count + 1}" if count < room else _at_most(room)
-            raise RecipeError(field, problem, fix)
-        if count > room and count >= ends[other]:
-            together = f"{count} and the {other} {ends[other]} are" if ends[other] else f"{count} is"
-            raise RecipeError(field, f"{together} more than the {linears} linears of the model", _at_most(room))
+            most = _most(linears + count - sum(ends.values()))
+            near = " or ".join(str(other) for other in (count - 1, count + 1) if other <= most)
+            raise RecipeError(f"precision.bf16_{end}_linears", problem, f"write {near}")
 
 
-def _at_most(room: int) -> str:
-    """The fix of an end that has room for so many linears, below 0 where the other end is too large by itself."""
-    if room < 0:
-        return "write precision.bf16_first_linears=0 precision.bf16_last_linears=0"
-    most = room - room % LINEARS_PER_LAYER
-    return f"write at most {most}" if most else "write 0"
+def _most(room: int) -> int:
+    """Linears that an end with room for so many may have: whole layers, one fewer than fit; below 0 if none fits."""
+    return room - room % LINEARS_PER_LAYER - LINEARS_PER_LAYER
+
+
+def without_fp8(precision: PrecisionConfig | None = None, name: str = "bf16") -> str:
+    """The fields that make it a precision without FP8, as a fix names them: a written recipe has no groups to choose.
+
+    Args:
+        precision: as it is; None where it is not known, so that ends are named even if they are 0.
+        name: of the other one.
+    """
+    ends = ("bf16_first_linears", "bf16_last_linears")
+    zeros = [f"precision.{end}=0" for end in ends if precision is None or getattr(precision, end)]
+    return " ".join([f"precision.name={name}", *zeros])
+
+
+def fp8_layers(pattern: str, precision: PrecisionConfig) -> range:
+    """Indices of the layers whose linears are quantised, wherever the pipeline is cut."""
+    if not precision.name.startswith("fp8"):
+        return range(0)
+    first, last = precision.bf16_first_linears, precision.bf16_last_linears
+    return range(first // LINEARS_PER_LAYER, len(pattern) - last // LINEARS_PER_LAYER)
 
 
 @dataclass(frozen=True)
@@ -76,10 +112,9 @@ def fp8_misfits(recipe: Recipe, stage_name: str) -> Iterator[Misfit]:
         return
     model, stage = recipe.model, recipe.stages[stage_name]
     layout, kinds = stage_layout(recipe, stage), _fp8_kinds(recipe)
-    if kinds:
-        yield from _hidden_misfit(recipe.precision, model, layout)
-        yield from _split_misfits(model, layout, kinds)
-        yield from _token_misfit(recipe.precision, f"stages.{stage_name}", stage, layout)
+    yield from _hidden_misfit(recipe.precision, model, layout)
+    yield from _split_misfits(model, layout, kinds)
+    yield from _token_misfit(recipe.precision, f"stages.{stage_name}", stage, layout)
     if LayerType.MAMBA in parse_pattern(model.pattern) and LayerType.MAMBA not in kinds:
         yield from _bf16_mamba_misfit(model, layout)
 
@@ -92,9 +127,7 @@ def token_multiple(precision: PrecisionConfig, layout: ParallelConfig) -> int:
 def _fp8_kinds(recipe: Recipe) -> frozenset[LayerType]:
     """Types of the layers that are quantised."""
     layers = parse_pattern(recipe.model.pattern)
-    first = recipe.precision.bf16_first_linears // LINEARS_PER_LAYER
-    last = recipe.precision.bf16_last_linears // LINEARS_PER_LAYER
-    return frozenset(layers[first : len(layers) - last])
+    return frozenset(layers[index] for index in fp8_layers(recipe.model.pattern, recipe.precision))
 
 
 def _hidden_misfit(precision: PrecisionConfig, model: ModelConfig, layout: ParallelConfig) -> Iterator[Misfit]:

@@ -256,7 +256,7 @@ class LogConfig:
     wandb: str = option("offline", "offline | online | disabled; never asks for a login.")
     wandb_project: str = option("nano_pretrain", "Project of the wandb run.")
     fp8_every: int = option(
-        100, "Steps between two lines of fp8.jsonl: what quantisation loses in each FP8 linear of a CPU; 0 writes none."
+        100, "Steps between two lines of fp8.jsonl, besides step 1: what each FP8 linear loses on a CPU; 0 writes none."
     )
     profile: Optional[list[int]] = option(
         None, "First and last step to profile, for example [10,12]: logs/trace-rank-*.json for chrome://tracing."

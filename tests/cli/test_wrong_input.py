@@ -115,7 +115,7 @@ SHAPES = [
     ("parallel.sequence=true", ["parallel.sequence: sequence parallelism needs", "parallel.sequence=false"]),
     ("stages.pretrain.gpus=3", ["stages.pretrain.global_batch_size: 8 is not divisible", "multiple of 6"]),
     ("stages.pretrain.micro_batch_size=3", ["global_batch_size: 8 is not divisible", "multiple of 6"]),
-    ("precision=fp8_blockwise", ["model.mamba_num_heads: 324 rows of a Mamba-2 input", "precision=bf16"]),
+    ("precision=fp8_blockwise", ["model.mamba_num_heads: 324 rows of a Mamba-2 input", "precision.name=bf16"]),
     ("parallel.context=8", ["parallel.context: tensor x context = 8 does not divide", "write 1, 2 or 4"]),
 ]
 CURRICULUM = [

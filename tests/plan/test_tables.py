@@ -152,10 +152,16 @@ def test_both_answers_to_overlap_are_shown(chosen: bool) -> None:
 def test_a_cpu_counts_fp8_as_bf16_and_says_so() -> None:
     fp8, bf16 = (planned("tiny", f"precision={name}", "data.path=nowhere") for name in ("fp8_blockwise", "bf16"))
     said = " ".join(shown(fp8).split())
-    assert "fp8_blockwise is counted as BF16, in time and memory: a CPU has no FP8 products" in said
+    line = "fp8_blockwise: 14 of 22 linears in FP8, counted as BF16 in time and memory: a CPU has no FP8 products"
+    assert line in said
     assert fp8.stages[STAGE].time == bf16.stages[STAGE].time
     assert fp8.stages[STAGE].memory == bf16.stages[STAGE].memory
-    assert "counted as BF16" not in shown(bf16)
+    assert "linears in FP8" not in shown(bf16)
+
+
+def test_the_linears_in_fp8_are_counted_on_gpus_too() -> None:
+    said = shown(planned("nano_12b_v2"))
+    assert "\nfp8_blockwise: 116 of 124 linears in FP8\n" in re.sub(" +\n", "\n", said)
 
 
 def test_a_terminal_that_is_wide_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

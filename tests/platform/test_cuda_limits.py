@@ -25,7 +25,7 @@ from nano_pretrain.platform.cuda_limits import (
 )
 from nano_pretrain.recipe.errors import RecipeError
 from nano_pretrain.recipe.load import tree
-from nano_pretrain.recipe.schema import ParallelConfig
+from nano_pretrain.recipe.schema import ParallelConfig, PrecisionConfig
 from nano_pretrain.train import run
 from nano_pretrain.train.signals import StopRequest
 
@@ -41,36 +41,37 @@ def test_every_recipe_runs_on_hopper(name: str) -> None:
 @pytest.mark.parametrize(
     ("precision", "capability", "cuda", "message"),
     [
-        ("fp8_blockwise", (8, 9), (12, 9), "needs compute capability 9.0, this GPU has 8.9; .*=fp8_current_scaling$"),
-        ("fp8_blockwise", (8, 0), (12, 9), "needs compute capability 9.0, this GPU has 8.0; write precision=bf16$"),
-        ("fp8_blockwise", (9, 0), (12, 8), "needs CUDA 12.9, torch was built with 12.8; .* precision=bf16$"),
-        ("fp8_current_scaling", (8, 6), (13, 0), "needs compute capability 8.9, .* 8.6; write precision=bf16$"),
-        ("fp8_current_scaling", (9, 0), (12, 0), "needs CUDA 12.1, torch was built with 12.0; .* precision=bf16$"),
+        ("fp8_blockwise", (8, 9), (12, 9), "needs compute capability 9.0, this GPU has 8.9; .*name=fp8_current_scaling$"),
+        ("fp8_blockwise", (8, 0), (12, 9), "needs compute capability 9.0, this GPU has 8.0; write precision.name=bf16$"),
+        ("fp8_blockwise", (9, 0), (12, 8), "needs CUDA 12.9, torch was built with 12.8; .* precision.name=bf16$"),
+        ("fp8_current_scaling", (8, 6), (13, 0), "needs compute capability 8.9, .* 8.6; write precision.name=bf16$"),
+        ("fp8_current_scaling", (9, 0), (12, 0), "needs CUDA 12.1, torch was built with 12.0; .* precision.name=bf16$"),
     ],
 )  # fmt: skip
 def test_fp8_on_what_is_too_old(
     precision: str, capability: tuple[int, int], cuda: tuple[int, int], message: str
 ) -> None:
     with pytest.raises(RecipeError, match=rf"^precision\.name: {precision} {message}"):
-        check_fp8_support(precision, CudaFacts(capability, cuda))
+        check_fp8_support(PrecisionConfig(precision), CudaFacts(capability, cuda))
 
 
 def test_other_precisions_need_nothing_and_newer_versions_count_as_numbers() -> None:
-    check_fp8_support("bf16", CudaFacts((7, 0), (11, 8)))
-    check_fp8_support("fp8_current_scaling", CudaFacts((8, 9), (12, 1)))
-    check_fp8_support("fp8_blockwise", CudaFacts((10, 0), (12, 10)))
+    check_fp8_support(PrecisionConfig("bf16"), CudaFacts((7, 0), (11, 8)))
+    check_fp8_support(PrecisionConfig("fp8_current_scaling"), CudaFacts((8, 9), (12, 1)))
+    check_fp8_support(PrecisionConfig("fp8_blockwise"), CudaFacts((10, 0), (12, 10)))
 
 
 @pytest.mark.parametrize("capability", [(10, 0), (10, 3), (12, 0)])
 def test_blackwell_computes_blockwise_with_scales_that_are_powers_of_two(capability: tuple[int, int]) -> None:
-    check_fp8_support("fp8_blockwise", CudaFacts(capability, (12, 9)))
-    check_fp8_support("fp8_current_scaling", CudaFacts(capability, (12, 9), fp32_scales=True))
+    blockwise = PrecisionConfig("fp8_blockwise")
+    check_fp8_support(blockwise, CudaFacts(capability, (12, 9)))
+    check_fp8_support(PrecisionConfig("fp8_current_scaling"), CudaFacts(capability, (12, 9), fp32_scales=True))
     message = (
         r"^precision\.name: fp8_blockwise needs scales .* powers of two .*; unset NVTE_FP8_BLOCK_SCALING_FP32_SCALES"
     )
     with pytest.raises(RecipeError, match=message):
-        check_fp8_support("fp8_blockwise", CudaFacts(capability, (12, 9), fp32_scales=True))
-    check_fp8_support("fp8_blockwise", CudaFacts((9, 0), (12, 9), fp32_scales=True))
+        check_fp8_support(blockwise, CudaFacts(capability, (12, 9), fp32_scales=True))
+    check_fp8_support(blockwise, CudaFacts((9, 0), (12, 9), fp32_scales=True))
 
 
 @pytest.mark.parametrize(("value", "asked"), [("1", True), ("0", False), (None, False)])
@@ -152,7 +153,7 @@ def test_fp32_attention_under_context_parallelism() -> None:
     check_attention(recipe, "pretrain")
     recipe.parallel = ParallelConfig(context=2)
     with pytest.raises(
-        RecipeError, match=r"^parallel\.context: .* no FP32 .*; write parallel\.context=1, precision=bf16"
+        RecipeError, match=r"^parallel\.context: .* no FP32 .*; write parallel\.context=1, precision\.name=bf16 or"
     ):
         check_attention(recipe, "pretrain")
     recipe.data.document_boundaries = "reset"

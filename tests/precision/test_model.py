@@ -14,7 +14,7 @@ from torch import Tensor
 from nano_pretrain.plan.memory import stage_memory
 from nano_pretrain.platform import Platform
 from nano_pretrain.precision import linear
-from nano_pretrain.precision.losses import OPERANDS, QuantisationLosses
+from nano_pretrain.precision.losses import OPERANDS, QuantisationLosses, not_finite
 from nano_pretrain.precision.placement import FP8_RECIPES
 from nano_pretrain.precision.quantize import Statistics
 from nano_pretrain.recipe.schema import ParallelConfig, PrecisionConfig, Recipe, RecomputeConfig
@@ -108,10 +108,27 @@ def test_losses_are_those_of_all_that_is_quantised(granularity: str, platform: P
         losses(model, batch(recipe, seed=seed)).sum().backward()
         for name, use in uses.items():
             for operand, statistics in zip(OPERANDS, _statistics(use(), how), strict=True):
-                expected[name, operand] = expected.get((name, operand), Statistics(*[0.0] * 6)) + statistics
+                expected[name, operand] = expected.get((name, operand), Statistics(*[0.0] * 7)) + statistics
     taken = found.take()
     assert {(name, operand): each for name, of in taken.items() for operand, each in of.items()} == expected
     assert found.take()["layers.2.mlp.linear_fc1"]["weight"].elements == 0, "taken once"
+
+
+@pytest.mark.parametrize("name", FP8_RECIPES)
+@pytest.mark.parametrize("kernels", ["plain", "native"])
+def test_the_first_named_is_where_a_gradient_became_nan(kernels: str, name: str, platform: Platform) -> None:
+    recipe = fp8_recipe(name)
+    model = build(platform, recipe)
+    found = counting(model)
+
+    def spoil(module: Any, inputs: Any, output: Any) -> None:
+        output[0].register_hook(lambda gradient: gradient.index_fill(2, torch.tensor([3]), torch.nan))
+
+    model.decoder.get_submodule(LINEARS[3]).register_forward_hook(spoil)
+    with using(kernels):
+        losses(model, batch(recipe)).sum().backward()
+    # A linear's own quantised products carry it on to those before it, and to none after it.
+    assert not_finite(found.take()) == [f"gradient of {linear}" for linear in (LINEARS[3], LINEARS[2])]
 
 
 def _statistics(used: Used, how: linear.Fp8Recipe) -> Iterator[Statistics]:
@@ -132,7 +149,6 @@ def test_nothing_is_counted_in_an_evaluation_or_unasked(platform: Platform) -> N
 
 def test_other_precisions_have_no_fp8_linears(platform: Platform) -> None:
     assert build(platform, small_recipe("bf16")).quantisation_losses is None
-    assert build(platform, fp8_recipe(first=6, last=4)).quantisation_losses is None, "all stay BF16"
 
 
 @pytest.mark.full

@@ -57,7 +57,7 @@ def test_overlap_sums_in_bf16() -> None:
 def test_overlap_gathers_no_blocks_of_fp8() -> None:
     recipe = recipe_with(OVERLAPPED)
     recipe.precision = PrecisionConfig("fp8_blockwise")
-    fix = "write parallel.tensor_overlap=false, precision=fp8_current_scaling or precision=bf16"
+    fix = "write parallel.tensor_overlap=false, precision.name=fp8_current_scaling or precision.name=bf16"
     assert_refused(
         recipe, f"parallel.tensor_overlap: gathers no blocks of FP8, and precision.name is fp8_blockwise; {fix}"
     )

@@ -86,8 +86,7 @@ def test_field_that_is_not_free_is_named(runs: dict[int, Path], recipe: Recipe, 
         unchanged(changed(recipe, field), runs[id(recipe)])
     message = str(caught.value)
     assert message.startswith(f"{field}: ")
-    # The group: by itself the name would leave linears in BF16 that its precision does not know.
-    assert f"write {'precision' if field == 'precision.name' else field}=" in message
+    assert f"write {field}=" in message
     assert "choose another run.name" in message
 
 
@@ -140,6 +139,20 @@ def test_value_to_go_back_to_is_written_as_on_the_command_line(tmp_path: Path) -
         unchanged(changed(before, "stages.pretrain.phases.p1.blend"), recorded(tmp_path, before))
     written = str(caught.value).partition(", or write ")[2].partition(" to continue")[0]
     assert compose([written]).recipe.stages["pretrain"].phases["p1"].blend == {"a": 0.5, "b": 1.0}
+
+
+def test_fields_of_one_group_are_said_together_and_those_that_are_told_are_not(tmp_path: Path) -> None:
+    schedule, batch = "stages.pretrain.schedule", "stages.pretrain.global_batch_size"
+    overrides = [f"{schedule}.lr=1e-3", f"{schedule}.min_lr=1e-5", "stages.pretrain.sequence_length=256", f"{batch}=32"]
+    before = compose([]).recipe
+    with pytest.raises(UserError) as caught:
+        continuation(compose(overrides).recipe, overrides, recorded(tmp_path, before), 0)
+    assert str(caught.value).endswith(", or write stages.pretrain.sequence_length=512 to continue that run")
+    with pytest.raises(UserError) as caught:
+        continuation(compose(overrides[:2]).recipe, overrides[:2], tmp_path, 0)
+    now = before.stages["pretrain"].schedule
+    way_back = f"write {schedule}.lr={now.lr} {schedule}.min_lr={now.min_lr} to continue that run"
+    assert str(caught.value).endswith(way_back)
 
 
 @pytest.mark.parametrize("text", ["{", "", "model: 3", "- a", "model:\n  pattern: [1"])

@@ -17,6 +17,7 @@ from nano_pretrain.recipe.errors import UserError
 PRETRAIN, LONG = "stages.pretrain", "stages.long_context"
 P1 = f"{PRETRAIN}.phases.p1"
 HUGE = "1" + 30 * "0"
+AS_BF16 = r"precision\.name=bf16 precision\.bf16_first_linears=0 precision\.bf16_last_linears=0"
 
 # Overrides, field, problem, fix; the last two are regular expressions.
 FORM = [
@@ -133,7 +134,7 @@ PRECISION = [
     ("recipe=tiny precision=fp8_blockwise model.hidden_size=250", "model.hidden_size", "250 is no", "240 or 256"),
     ("recipe=tiny precision=fp8_blockwise model.hidden_size=8", "model.hidden_size", "8 is no", "write 16, or"),
     ("recipe=tiny precision=fp8_blockwise model.ffn_hidden_size=770", "model.ffn_hidden_size",
-     "770 channels of a feed-forward layer are no multiple of 16", "write 768 or 784, or precision=bf16"),
+     "770 channels of a feed-forward layer are no multiple of 16", "write 768 or 784, or precision.name=bf16 "),
     ("recipe=tiny layout=tp2 model.ffn_hidden_size=1000", "model.ffn_hidden_size", "over 2 .* are 500 on each",
      "write 992 or 1024, or"),
     ("recipe=tiny precision=fp8_blockwise model.mamba_num_heads=20", "model.mamba_num_heads", "916", "16 or 32, or"),
@@ -142,23 +143,40 @@ PRECISION = [
      "precision.bf16_last_linears=0", "model.mamba_num_heads", "652 rows .* 16, which FP8 needs of layers in BF16 too",
      "write 16, or"),
     ("recipe=nano_12b_v2 model.hidden_size=5136", "model.hidden_size", "5136 is no multiple of 128, which fp8_b",
-     r"write 5120 or 5248, parallel\.sequence=false or precision=bf16$"),
+     r"write 5120 or 5248, parallel\.sequence=false or precision\.name=bf16 [^,]*$"),
     (f"recipe=nano_12b_v2 {PRETRAIN}.sequence_length=8064", f"{PRETRAIN}.sequence_length",
      "8064 leave 1008 tokens on a rank, no multiple of 128", "write 7168 or 8192, parallel.sequence=false or"),
     (f"recipe=tiny precision=fp8_blockwise {PRETRAIN}.sequence_length=513", f"{PRETRAIN}.sequence_length",
-     "8 x 513 leave 4104 tokens", "write 512 or 514, or precision=bf16$"),
+     "8 x 513 leave 4104 tokens", f"write 512 or 514, or {AS_BF16}$"),
     ("recipe=tiny precision.name=bf16", "precision.bf16_first_linears", "4 .* precision is bf16",
-     "write precision=bf16 alone"),
+     rf"write {AS_BF16}, or precision\.name=fp8_blockwise$"),
     ("recipe=tiny precision=fp32 precision.bf16_last_linears=4", "precision.bf16_last_linears", "precision is fp32",
-     "write precision=fp32 alone"),
+     r"write precision\.name=fp32 precision\.bf16_last_linears=0, or precision\.name=fp8_blockwise$"),
     ("recipe=nano_12b_v2 precision.bf16_first_linears=3", "precision.bf16_first_linears", "inside a layer", "2 or 4"),
-    ("recipe=nano_12b_v2 precision.bf16_last_linears=126", "precision.bf16_last_linears", "than the 124", "most 120"),
-    ("recipe=nano_12b_v2 precision.bf16_last_linears=122", "precision.bf16_last_linears", "first 4", "at most 120"),
-    ("recipe=tiny precision.bf16_first_linears=25", "precision.bf16_first_linears", "inside a layer", "at most 18$"),
-    ("recipe=tiny precision.bf16_first_linears=3 precision.bf16_last_linears=22", "precision.bf16_first_linears",
-     "inside a layer", "write 0$"),
-    ("recipe=tiny model.pattern=M", "precision.bf16_first_linears", "4 and the last 4 are more than the 2 linears",
-     r"write precision\.bf16_first_linears=0 precision\.bf16_last_linears=0$"),
+    ("recipe=nano_12b_v2 precision.bf16_last_linears=126", "precision.bf16_last_linears", "none of the 124", "=118 or"),
+    ("recipe=nano_12b_v2 precision.bf16_last_linears=120", "precision.bf16_last_linears",
+     "120 and the first 4 leave none of the 124 linears of the model in FP8",
+     rf"write precision\.bf16_last_linears=118 or less, or {AS_BF16}$"),
+    ("recipe=tiny precision.bf16_first_linears=22 precision.bf16_last_linears=0", "precision.bf16_first_linears",
+     "22 leaves none of the 22", r"=20 or less, or precision\.name=bf16 precision\.bf16_first_linears=0$"),
+    ("recipe=tiny precision.bf16_first_linears=25", "precision.bf16_first_linears", "25 and .* leave none", "=16 or"),
+    ("recipe=tiny precision.bf16_first_linears=17", "precision.bf16_first_linears", "inside a layer", "write 16$"),
+    ("recipe=tiny precision.bf16_first_linears=3 precision.bf16_last_linears=15", "precision.bf16_first_linears",
+     "inside a layer", "write 2 or 4$"),
+    ("recipe=tiny precision.bf16_first_linears=5 precision.bf16_last_linears=15", "precision.bf16_first_linears",
+     "inside a layer", "write 4$"),
+    ("recipe=tiny precision.bf16_first_linears=3 precision.bf16_last_linears=22", "precision.bf16_last_linears",
+     "22 and the first 3 leave none of the 22", "=16 or less"),
+    ("recipe=tiny model.pattern=M*M-", "precision.bf16_first_linears", "4 and the last 4 leave none of the 8 linears",
+     rf"write precision\.bf16_first_linears=2 or less, or {AS_BF16}$"),
+    *(
+        (f"recipe=tiny model.pattern=M {end}", f"precision.bf16_{larger}_linears", "none of the 2 linears of the model",
+         rf"write precision\.bf16_{larger}_linears=0 precision\.bf16_{other}_linears=0, or {AS_BF16}$")
+        for end, larger, other in (
+            ("", "first", "last"), ("precision.bf16_first_linears=3", "last", "first"),
+            ("precision.bf16_last_linears=5", "last", "first"),
+        )
+    ),
 ]  # fmt: skip
 LENGTHS = [
     (f"recipe=nano_12b_v2 {PRETRAIN}.tokens=6000000", f"{PRETRAIN}.tokens", "less than a step", "at least 6029312"),
