@@ -2,11 +2,12 @@
 
     python -m benchmarks.fp8_study [--seeds 3] [--at-once 2] [--tokens 4194304] [--directory runs/fp8-study]
 
-Every run is `nano-pretrain train` on one rank with one thread. Interrupt it whenever you like: the same command goes on
-from the newest checkpoints and leaves finished runs alone. Writes `study.md`, `study.json` and `study.png` there.
+Every run is `nano-pretrain train` on one rank with one thread. Interrupt or kill it whenever you like: the same command
+goes on from the newest checkpoints and leaves finished runs alone. Ctrl-C and SIGTERM wait for a checkpoint of the runs
+under way and end with code 75; a second one does not wait. Writes `study.md`, `study.json` and `study.png` there.
 
-The second BF16 run of a seed has micro-batches of half the size: the same mathematics with sums in another order. What
-it changes is what any difference in the last bit becomes after so many steps, and the smallest effect that can be seen.
+The second BF16 run of a seed has micro-batches of half the size: the same mathematics, summed and rounded in another
+order. What it changes is what any difference in the last bits becomes after so many steps.
 """
 
 from __future__ import annotations
@@ -14,11 +15,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import signal
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -27,7 +27,12 @@ from typing import Any
 import numpy as np
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from benchmarks.jobs import Job, run_jobs
+from nano_pretrain.launch.heeding import heeding
+from nano_pretrain.recipe.errors import EXIT_CONTINUE, EXIT_DONE, EXIT_USER_ERROR, UserError
+from nano_pretrain.recipe.load import recorded_recipe
 from nano_pretrain.report.style import FAINT, PALETTE, EndLabel, label_ends, new_figure, token_axis
+from nano_pretrain.train.directory import check_not_held
 
 ENDS_IN_FP8 = ["precision.bf16_first_linears=0", "precision.bf16_last_linears=0"]
 ARMS: dict[str, list[str]] = {
@@ -43,8 +48,7 @@ REFERENCE = next(iter(ARMS))
 MODEL = [
     "recipe=tiny", "model.pattern=M-M-M-M*-M-M-M*-", "model.hidden_size=128", "model.ffn_hidden_size=512",
     "model.num_attention_heads=4", "model.num_query_groups=2", "model.mamba_num_heads=16", "model.mamba_head_dim=16",
-    "model.mamba_num_groups=2",
-    "model.init_std=0.08", "extension=none", "evaluate.lengths=[]",
+    "model.mamba_num_groups=2", "model.init_std=0.08", "extension=none", "evaluate.lengths=[]",
 ]  # fmt: skip
 COURSE = [
     "stages.pretrain.global_batch_size=8", "validation.every=0", "validation.tokens_per_source=65536",
@@ -82,6 +86,11 @@ class Study:
             f"run.dir={self.directory}", f"run.name={self.name(arm, seed)}",
         ]  # fmt: skip
 
+    def job(self, arm: str, seed: int) -> Job:
+        """The command that begins a run or goes on with it."""
+        name = self.name(arm, seed)
+        return Job(name, nano_pretrain("train", self.overrides(arm, seed)), self.directory / "logs" / f"{name}.log")
+
     def lines(self, arm: str, seed: int, file: str) -> list[dict[str, Any]]:
         """The whole lines that a run has written."""
         path = self.directory / self.name(arm, seed) / file
@@ -90,64 +99,69 @@ class Study:
         return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
     def finished(self, arm: str, seed: int) -> bool:
-        """Whether a run came to its end."""
+        """Whether a run came to its end, after this study's number of tokens."""
         path = self.directory / self.name(arm, seed) / "exit.json"
-        return path.exists() and json.loads(path.read_text())["reason"] == "finished"
+        ended = json.loads(path.read_text()) if path.exists() else {}
+        return (ended.get("reason"), ended.get("tokens")) == ("finished", self.tokens)
 
     def complete_seeds(self) -> list[int]:
         """Seeds of which every arm has finished."""
         return [seed for seed in range(self.seeds) if all(self.finished(arm, seed) for arm in ARMS)]
 
-
-def nano_pretrain(verb: str, overrides: Sequence[str], log: Path | None = None) -> int:
-    """The exit code of a command; its output goes to `log`, else to the terminal."""
-    command = [sys.executable, "-m", "nano_pretrain", verb, *overrides]
-    if log is None:
-        return subprocess.run(command, check=False).returncode
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a") as out:
-        return subprocess.run(command, check=False, stdout=out, stderr=subprocess.STDOUT).returncode
+    def commits(self, seeds: Sequence[int]) -> list[str]:
+        """What the runs of these seeds were last started with: one commit, or their differences mean little."""
+        directories = [self.directory / self.name(arm, seed) for arm in ARMS for seed in seeds]
+        return sorted({str(json.loads((each / "environment.json").read_text())["commit"])[:7] for each in directories})
 
 
-def run_all(study: Study, at_once: int) -> None:
-    """Every run that has not finished, with a progress bar over the tokens of all.
+def nano_pretrain(verb: str, overrides: Sequence[str]) -> tuple[str, ...]:
+    """A command of the package."""
+    return (sys.executable, "-m", "nano_pretrain", verb, *overrides)
+
+
+def check_directories(study: Study) -> None:
+    """Refuse runs of another length, and runs that somebody else is training.
 
     Raises:
-        SystemExit: a run failed, or the user interrupted them; all have stopped then.
+        UserError: says which, and names the process.
     """
-    if (code := nano_pretrain("prepare", MODEL)) != 0:
+    for run in study.runs():
+        directory = study.directory / study.name(*run)
+        if (directory / "recipe.yaml").exists():
+            begun = recorded_recipe(directory).stages["pretrain"].tokens
+            if begun != study.tokens:
+                fix = f"write --tokens {begun} or choose another --directory"
+                raise UserError(f"--tokens: {directory} was begun with {begun}; {fix}")
+        check_not_held(directory)
+
+
+def prepare() -> None:
+    """The corpus, unless it is there.
+
+    Raises:
+        SystemExit: it cannot be prepared.
+    """
+    if (code := subprocess.run(nano_pretrain("prepare", MODEL), check=False).returncode) != EXIT_DONE:
         raise SystemExit(code)
-    waiting = [run for run in study.runs() if not study.finished(*run)]
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with ThreadPoolExecutor(at_once) as pool, Progress(*columns) as progress:
-        futures = {
-            pool.submit(
-                nano_pretrain, "train", study.overrides(*run), study.directory / "logs" / f"{study.name(*run)}.log"
-            ): run
-            for run in waiting
-        }
-        bar = progress.add_task("runs", total=study.tokens * len(study.runs()))
-        try:
-            while futures:
-                progress.update(bar, completed=sum(consumed(study, *run) for run in study.runs()))
-                progress.update(bar, description=f"{len(study.runs()) - len(futures)} of {len(study.runs())} runs")
-                check(study, futures)
-                time.sleep(2)
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
 
 
-def check(study: Study, futures: dict[Future[int], tuple[str, int]]) -> None:
-    """Take those that have ended off the list.
+def train_all(study: Study, at_once: int) -> None:
+    """Train every run that has not finished, with a progress bar over the tokens of all.
 
     Raises:
-        SystemExit: one of them failed.
+        SystemExit: a run failed.
     """
-    for future in [future for future in futures if future.done()]:
-        run = futures.pop(future)
-        if future.result() != 0:
-            raise SystemExit(f"{study.name(*run)} ended with code {future.result()}: see {study.directory}/logs")
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    runs = study.runs()
+    jobs = [study.job(*run) for run in runs if not study.finished(*run)]
+    with Progress(*columns) as progress:
+        bar = progress.add_task("runs", total=study.tokens * len(runs))
+
+        def show(left: int) -> None:
+            tokens = sum(consumed(study, *run) for run in runs)
+            progress.update(bar, completed=tokens, description=f"{len(runs) - left} of {len(runs)} runs")
+
+        run_jobs(jobs, at_once, show)
 
 
 def consumed(study: Study, arm: str, seed: int) -> int:
@@ -180,12 +194,39 @@ class Compared:
     differences: list[float]
 
     @property
-    def difference(self) -> str:
-        """Mean, and its standard error where there are several, in words."""
-        mean = f"{fmean(self.differences):+.3f}"
-        if len(self.differences) == 1:
-            return mean
-        return f"{mean} ± {stdev(self.differences) / math.sqrt(len(self.differences)):.3f}"
+    def standard_error(self) -> float:
+        """Of the mean difference; NaN for one seed."""
+        seeds = len(self.differences)
+        return stdev(self.differences) / math.sqrt(seeds) if seeds > 1 else math.nan
+
+    @property
+    def p(self) -> float | None:
+        """Of a two-sided paired t-test; None where the seeds show no spread."""
+        if not self.standard_error > 0:
+            return None
+        return two_sided_p(fmean(self.differences) / self.standard_error, len(self.differences) - 1)
+
+    @property
+    def cells(self) -> list[str]:
+        """Mean with its standard error, and p, for the table."""
+        if self.p is None:
+            return [f"{fmean(self.differences):+.3f}", ""]
+        return [f"{fmean(self.differences):+.3f} ± {self.standard_error:.3f}", f"{self.p:.3f}"]
+
+
+def two_sided_p(t: float, freedom: int) -> float:
+    """The probability that Student's t is farther from zero than `t`, for a whole number of degrees of freedom.
+
+    Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.3 and 26.7.4.
+    """
+    odd = freedom % 2
+    angle = math.atan(abs(t) / math.sqrt(freedom))
+    term, terms = math.cos(angle) ** odd, 0.0
+    for factor in range(1 + odd, freedom + odd, 2):
+        terms += term
+        term *= factor / (factor + 1) * math.cos(angle) ** 2
+    inside = math.sin(angle) * terms
+    return 1 - (2 / math.pi * (angle + inside) if odd else inside)
 
 
 def compared(values: Sequence[float], reference: Sequence[float]) -> Compared:
@@ -209,22 +250,22 @@ def results(study: Study, seeds: Sequence[int]) -> dict[str, dict[str, Compared]
     return found
 
 
-def table(found: dict[str, dict[str, Compared]], seeds: Sequence[int]) -> str:
+def table(found: dict[str, dict[str, Compared]], seeds: Sequence[int], commits: Sequence[str]) -> str:
     """The results in Markdown."""
     lines = [
-        f"Means over {counted(len(seeds), 'seed')}; differences from {REFERENCE} of the same seed in percent,",
-        "with standard errors.",
+        f"Means over {counted(len(seeds), 'seed')}, commit {', '.join(commits)}; differences from {REFERENCE}",
+        "of the same seed in percent, with standard errors; p of two-sided paired t-tests.",
         "",
-        "| | held-out loss | difference | each seed | training loss, last tenth | difference |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| | held-out loss | difference | p | each seed | training loss, last tenth | difference | p |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for arm, losses in found.items():
         heldout, training = losses["held-out"], losses["training"]
-        seen = ["", "", ""]
-        if arm != REFERENCE:
-            each = ", ".join(f"{value:+.2f}" for value in heldout.differences)
-            seen = [heldout.difference, each, training.difference]
-        lines.append(f"| {arm} | {heldout.loss:.4f} | {seen[0]} | {seen[1]} | {training.loss:.4f} | {seen[2]} |")
+        each = ", ".join(f"{value:+.2f}" for value in heldout.differences)
+        cells = [f"{heldout.loss:.4f}", *heldout.cells, each, f"{training.loss:.4f}", *training.cells]
+        if arm == REFERENCE:
+            cells = [cells[0], "", "", "", cells[4], "", ""]
+        lines.append(f"| {' | '.join([arm, *cells])} |")
     return "\n".join(lines) + "\n"
 
 
@@ -270,31 +311,48 @@ def write_results(study: Study) -> None:
         print("no seed has finished in all arms")
         return
     found = results(study, seeds)
-    text = table(found, seeds)
+    commits = study.commits(seeds)
+    text = table(found, seeds, commits)
     (study.directory / "study.md").write_text(text)
-    arms = {arm: {kind: asdict(each) for kind, each in losses.items()} for arm, losses in found.items()}
-    content = {"tokens": study.tokens, "seeds": seeds, "arms": arms}
+    arms = {
+        arm: {kind: {**asdict(each), "p": each.p} for kind, each in losses.items()} for arm, losses in found.items()
+    }
+    content = {"tokens": study.tokens, "seeds": seeds, "commits": commits, "arms": arms}
     (study.directory / "study.json").write_text(json.dumps(content, indent=1) + "\n")
     draw(study, seeds, study.directory / "study.png")
     print(text)
 
 
+def positive(text: str) -> int:
+    """A whole number above 0, for argparse."""
+    if (number := int(text)) < 1:
+        raise ValueError
+    return number
+
+
 def main() -> None:
     """Run what is missing, then compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3, help="pairs of runs")
-    parser.add_argument("--at-once", type=int, default=2, help="runs at a time, a core each")
-    parser.add_argument("--tokens", type=int, default=4_194_304, help="training tokens of a run")
+    parser.add_argument("--seeds", type=positive, default=3, help="each has a run of every arm")
+    parser.add_argument("--at-once", type=positive, default=2, help="runs at a time, a core each")
+    parser.add_argument("--tokens", type=positive, default=4_194_304, help="training tokens of a run")
     parser.add_argument("--directory", type=Path, default=Path("runs/fp8-study"))
     parser.add_argument("--compare-only", action="store_true", help="compare the seeds that have finished")
     options = parser.parse_args()
     study = Study(options.directory, options.tokens, options.seeds)
-    if not options.compare_only:
-        try:
-            run_all(study, options.at_once)
-        except KeyboardInterrupt:
-            raise SystemExit(130) from None
-    write_results(study)
+    try:
+        if not options.compare_only:
+            # SIGTERM as Ctrl-C.
+            with heeding([signal.SIGTERM], signal.default_int_handler):
+                check_directories(study)
+                prepare()
+                train_all(study, options.at_once)
+        write_results(study)
+    except UserError as error:
+        print(f"fp8_study: {error}", file=sys.stderr)
+        raise SystemExit(EXIT_USER_ERROR) from None
+    except KeyboardInterrupt:
+        raise SystemExit(EXIT_CONTINUE) from None
 
 
 if __name__ == "__main__":
