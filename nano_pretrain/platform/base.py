@@ -68,7 +68,7 @@ class Platform(Protocol):
         """
 
     def kernels(self) -> str:
-        """Which kernels compute the Mamba-2 layers, in a few words for the log."""
+        """Which kernels compute the Mamba-2 layers, for the log: the first word names them, the rest may say why."""
 
     def layer_modules(self) -> LayerModules:
         """Modules for the layer specs."""

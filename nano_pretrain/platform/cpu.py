@@ -323,7 +323,7 @@ class CpuPlatform:
         return torch.device("cpu")
 
     def kernels(self) -> str:
-        """Native, or plain with the reason."""
+        """`native`, or `plain` and more words that say why."""
         return self._kernels
 
     def layer_modules(self) -> LayerModules:

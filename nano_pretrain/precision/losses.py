@@ -67,26 +67,34 @@ Losses = Mapping[str, Mapping[str, Statistics]]
 
 
 def described(losses: Losses) -> dict[str, Any]:
-    """As a line of fp8.jsonl: the largest relative error of each operand, and every linear.
+    """As a line of fp8.jsonl: the largest relative error of each operand, what is not finite, and every linear.
 
     None stands for what is not finite, which JSON does not know.
     """
     linears = {linear: {name: _measures(found) for name, found in of.items()} for linear, of in losses.items()}
-    return {"worst": {operand: _worst(losses, operand) for operand in OPERANDS}, "linears": linears}
+    worst = {operand: _worst(losses, operand) for operand in OPERANDS}
+    return {"worst": worst, "not_finite": not_finite(losses), "linears": linears}
 
 
 def not_finite(losses: Losses) -> list[str]:
-    """Operands with values beyond the format's maximum: infinities, since scales are made of the largest magnitude.
+    """Operands with infinite or NaN values, in the order in which a step meets them: the first is nearest to the cause.
 
-    FP8 has none, so the products that they go into are finite and nothing else shows them.
+    Inputs and weights from the first linear to the last, then gradients from the last to the first. FP8 has no
+    infinities: the products that they go into are finite, and nothing else shows them.
     """
-    return [f"{operand} of {linear}" for linear, of in losses.items() for operand in of if of[operand].saturated]
+    forward = [(linear, operand) for linear in losses for operand in ("input", "weight")]
+    backward = [(linear, "gradient") for linear in reversed(list(losses))]
+    return [f"{operand} of {linear}" for linear, operand in forward + backward if losses[linear][operand].not_finite]
 
 
 def _measures(found: Statistics) -> dict[str, float | None]:
     error = found.relative_error
-    shares = {"flushed": found.flushed_share, "saturated": found.saturated_share}
-    return {**shares, "relative_error": error if math.isfinite(error) else None}
+    return {
+        "flushed": found.flushed_share,
+        "saturated": found.saturated_share,
+        "not_finite": found.not_finite_share,
+        "relative_error": error if math.isfinite(error) else None,
+    }
 
 
 def _worst(losses: Losses, operand: str) -> dict[str, Any] | None:

@@ -82,6 +82,7 @@ class Statistics:
         flushed: of these, the ones that became zero.
         saturated: elements that are, times their scale, more than half a step beyond the format's maximum. A scale made
             of the tile's largest magnitude leaves none; there are some where that is infinite.
+        not_finite: elements that are infinite or NaN.
         squared_error: sum of the squares of the differences.
         squares: sum of the squares of the elements.
     """
@@ -90,6 +91,7 @@ class Statistics:
     nonzero: float
     flushed: float
     saturated: float
+    not_finite: float
     squared_error: float
     squares: float
 
@@ -108,8 +110,13 @@ class Statistics:
         return self.saturated / self.elements
 
     @property
+    def not_finite_share(self) -> float:
+        """Of all elements."""
+        return self.not_finite / self.elements
+
+    @property
     def relative_error(self) -> float:
-        """Norm of the difference over the norm of the matrix."""
+        """Norm of the difference over the norm of the matrix; NaN where an element is not finite."""
         return float((self.squared_error / self.squares) ** 0.5) if self.squares else 0.0
 
 
@@ -236,6 +243,7 @@ def _plain_statistics(x: Tensor, quantizer: Quantizer) -> Statistics:
         tiles.count_nonzero(),
         ((tiles != 0) & (values == 0)).sum(),
         (scaled.abs() > _BEYOND[quantizer.format]).sum(),
+        (~tiles.isfinite()).sum(),
         (tiles - values * scale.reciprocal()).square().sum(),
         tiles.double().square().sum(),
     )
@@ -245,7 +253,7 @@ def _plain_statistics(x: Tensor, quantizer: Quantizer) -> Statistics:
 def _native_statistics(library: Library, x: Tensor, quantizer: Quantizer) -> Statistics:
     if _is_transposed(x):
         return _native_statistics(library, x.T, _turned(quantizer))
-    sums = torch.empty(5, dtype=torch.float64)
+    sums = torch.empty(6, dtype=torch.float64)
     flags = (quantizer.tile.value, quantizer.power_of_two)
     library.call("fp8_statistics", x.dtype, _code(quantizer), *rows(x, x), sums, *x.shape, *flags)
     return Statistics(x.numel(), *sums.tolist())

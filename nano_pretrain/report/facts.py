@@ -124,6 +124,19 @@ def quantisation_table(record: Record) -> Table:
     return Table(header, [_quantisation_row(steps, operand) for operand in operands])
 
 
+def not_finite_sentence(record: Record) -> str:
+    """Where values had no error to give, being infinite or NaN; empty if all were finite."""
+    found = [step for step in record.quantisation if step.not_finite]
+    if not found:
+        return ""
+    first, *more = found[0].not_finite
+    others = f" and {len(more)} more" if more else ""
+    return (
+        f"Infinite or NaN values, of which there is no error, in {len(found)} of {len(record.quantisation)} counted "
+        f"steps, first in step {_whole(found[0].step)}: {first}{others}; the first named is nearest to the cause."
+    )
+
+
 def exit_state(record: Record) -> tuple[str, bool]:
     """How the run ended in words, and whether that is as it should be."""
     if not record.exit:
@@ -217,13 +230,20 @@ def _quantisation_row(steps: list[Quantisation], operand: str) -> tuple[str, ...
     )
     return (
         operand,
-        *(words.percent(median(_errors(step, operand)), 2) for step in (first, last)),
-        words.percent(error[0], 2),
+        *(_error(step, operand, median(_errors(step, operand))) for step in (first, last)),
+        _error(last, operand, error[0]),
         error[1],
         words.small_share(flushed[0]),
         flushed[1] if flushed[0] else "",
         words.small_share(saturated[0]),
     )
+
+
+def _error(step: Quantisation, operand: str, value: float) -> str:
+    """In percent; where there is none, whether that is because the operand's values were not finite."""
+    if not isfinite(value) and _largest(step, operand, "not_finite")[0] > 0:
+        return "not finite"
+    return words.percent(value, 2)
 
 
 def _errors(step: Quantisation, operand: str) -> Floats:

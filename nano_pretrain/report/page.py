@@ -96,6 +96,7 @@ def _html(record: Record, pictures: dict[str, Picture]) -> str:
         acts=facts.acts_table(record),
         ledger=facts.ledger_table(record),
         quantisation=facts.quantisation_table(record),
+        not_finite=facts.not_finite_sentence(record),
         retrieval=retrieval_table(record),
         harness=harness_table(record),
         samples=newest[:SHOWN_SAMPLES],

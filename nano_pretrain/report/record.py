@@ -114,9 +114,14 @@ class TaskEvaluation:
 
 @dataclass(frozen=True)
 class Quantisation:
-    """What FP8 lost in one step: linear -> operand -> measure, shares and the relative error."""
+    """What FP8 lost in one step: linear -> operand -> measure, shares and the relative error.
 
+    `not_finite` names operands with infinite or NaN values, first those nearest to the cause.
+    """
+
+    step: float
     tokens: float
+    not_finite: list[str]
     linears: dict[str, dict[str, dict[str, float]]]
 
 
@@ -363,7 +368,9 @@ def _quantisation(path: Path, problems: dict[str, str]) -> list[Quantisation]:
     lines = _read_lines(path, problems) if path.exists() else []
     return [
         Quantisation(
+            step=number(line.get("step")),
             tokens=number(line.get("tokens")),
+            not_finite=[str(name) for name in names] if isinstance(names := line.get("not_finite"), list) else [],
             linears={
                 linear: {
                     operand: {measure: number(value) for measure, value in mapping(measures).items()}

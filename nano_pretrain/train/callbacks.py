@@ -1,8 +1,9 @@
-"""Callbacks that keep the run's files: metrics, validation, length, losses of FP8, checkpoints and ledger."""
+"""Callbacks that keep the run's files: losses of FP8, metrics, validation, length, checkpoints and ledger."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -17,10 +18,37 @@ from nano_pretrain.data.stage_plan import StagePlan
 from nano_pretrain.evaluate.heldout import HeldOut
 from nano_pretrain.evaluate.length import Subject, greedy
 from nano_pretrain.evaluate.room import holds_whole_model
-from nano_pretrain.precision.losses import Losses, QuantisationLosses, described, not_finite
+from nano_pretrain.precision.losses import Losses, QuantisationLosses, described
+from nano_pretrain.recipe.errors import RunError
 from nano_pretrain.train.session import Session, StepRecord
 
 Lines = list[dict[str, Any]]
+
+
+class NotFiniteError(RunError):
+    """The loss or the gradient is NaN or infinite; the run ends without a checkpoint of it."""
+
+
+class StopIfNotFinite:
+    """Ends the run where loss or gradient norm are not finite: callbacks after this one never see such a step."""
+
+    def on_start(self, session: Session) -> None:
+        """Nothing to look at yet."""
+
+    def on_step(self, session: Session, record: StepRecord, stopping: bool) -> None:
+        """Look at the step.
+
+        Raises:
+            NotFiniteError: loss or gradient norm is NaN or infinite.
+        """
+        if not (math.isfinite(record.loss) and math.isfinite(record.grad_norm)):
+            raise NotFiniteError(
+                f"step {record.step}: loss {record.loss}, gradient norm {record.grad_norm}; "
+                "the checkpoints before it are kept; run again, or begin another run.name with a lower learning rate"
+            )
+
+    def on_end(self, session: Session) -> None:
+        """Nothing to look at any more."""
 
 
 class Metrics:
@@ -127,15 +155,19 @@ def _lines_at(path: Path, tokens: int) -> Lines:
 
 
 class Quantisation:
-    """fp8.jsonl: what quantisation loses in each FP8 linear, in every `every`-th step, over its whole batch.
+    """fp8.jsonl: what quantisation loses in each FP8 linear, in step 1 and every `every`-th, over its whole batch.
 
     The losses come from all micro-batches and ranks, inputs and gradients along either axis; `worst` is the largest
-    relative error of each operand. Infinite values are also said on the terminal.
+    relative error of each operand, `not_finite` names those with infinite or NaN values. The first of these, which are
+    nearest to the cause, are also said on the terminal.
 
     Args:
         losses: of the model.
-        every: steps from one line to the next.
+        every: divides the numbers of the steps that count, besides that of the run's first.
     """
+
+    NAMED = 3
+    """Operands that the terminal names."""
 
     def __init__(self, losses: QuantisationLosses, every: int) -> None:
         self.losses = losses
@@ -156,7 +188,7 @@ class Quantisation:
         """Nothing left to write."""
 
     def _count_in(self, step: int) -> None:
-        self.losses.counting = step % self.every == 0
+        self.losses.counting = step == 1 or step % self.every == 0
 
     def _report(self, session: Session, record: StepRecord, losses: Losses) -> None:
         line = described(losses)
@@ -164,8 +196,10 @@ class Quantisation:
         session.quantisation = {f"worst_relative_error_{operand}": error for operand, error in worst.items()}
         if session.ranks.is_first:
             append_line(session.directory / "fp8.jsonl", {"step": record.step, "tokens": record.tokens, **line})
-            if hidden := not_finite(losses):
-                print(f"step {record.step}: FP8 made infinite values finite in {', '.join(hidden)}", flush=True)
+            if found := line["not_finite"]:
+                named = ", ".join(found[: self.NAMED])
+                more = f" and {len(found) - self.NAMED} more" if len(found) > self.NAMED else ""
+                print(f"step {record.step}: infinite (made finite by FP8) or NaN: {named}{more}", flush=True)
 
 
 class Checkpoints:

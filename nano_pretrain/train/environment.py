@@ -58,12 +58,17 @@ def check_same_kernels(platform: Platform, ranks: Ranks) -> None:
     """
     found: list[str] = [""] * ranks.world_size
     dist.all_gather_object(found, platform.kernels())
-    other = next((rank for rank, kernels in enumerate(found) if kernels != found[0]), None)
+    other = next((rank for rank, kernels in enumerate(found) if not same_kernels(kernels, found[0])), None)
     if other is not None:
         raise UserError(
             f"cluster.cpu_kernels: rank 0 has {found[0]}, rank {other} has {found[other]}; mend it, or write "
             "cluster.cpu_kernels=plain"
         )
+
+
+def same_kernels(one: str, other: str) -> bool:
+    """Whether two answers of `Platform.kernels` name the same: the first word does, the reason after it may vary."""
+    return one.split(" ", 1)[0] == other.split(" ", 1)[0]
 
 
 def recorded_kernels(directory: Path) -> str | None:

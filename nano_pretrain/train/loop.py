@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -13,7 +12,7 @@ from nano_pretrain.data.loader import BatchReader
 from nano_pretrain.data.stage_plan import StagePlan
 from nano_pretrain.parallel.groups import data_parallel_place
 from nano_pretrain.recipe.derived import stage_ranks, stage_tokens
-from nano_pretrain.recipe.errors import RunError, UserError
+from nano_pretrain.recipe.errors import UserError
 from nano_pretrain.recipe.split import stage_build
 from nano_pretrain.schedule.learning_rate import learning_rate
 from nano_pretrain.train.session import Callback, Session, StepRecord
@@ -22,10 +21,6 @@ from nano_pretrain.train.throughput import Throughput
 
 if TYPE_CHECKING:
     from nano_pretrain.train.step import StepResult
-
-
-class NotFiniteError(RunError):
-    """The loss or the gradient is NaN or infinite; the run ends without a checkpoint of it."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +43,6 @@ def run_loop(
 
     Returns:
         None when the run is finished.
-
-    Raises:
-        NotFiniteError: loss or gradient norm is NaN or infinite.
     """
     throughput = Throughput(session)
     with ExitStack() as stack:
@@ -84,7 +76,6 @@ def _step(
         session.step, session.tokens, result.loss, lr, result.grad_norm, speed, mfu,
         stage.name, phase, stage.sequence_length, batch,
     )  # fmt: skip
-    _check_finite(record)
     return record, result.stop
 
 
@@ -104,14 +95,6 @@ def _optimize(
         lr,
         request.signal_name is not None,
     )
-
-
-def _check_finite(record: StepRecord) -> None:
-    if not (math.isfinite(record.loss) and math.isfinite(record.grad_norm)):
-        raise NotFiniteError(
-            f"step {record.step}: loss {record.loss}, gradient norm {record.grad_norm}; "
-            "the checkpoints before it are kept; run again, or begin another run.name with a lower learning rate"
-        )
 
 
 def _ending(session: Session, stop: bool, request: StopRequest) -> Ending | None:

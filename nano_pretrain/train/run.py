@@ -44,9 +44,17 @@ from nano_pretrain.recipe.load import to_yaml
 from nano_pretrain.recipe.schema import ParallelConfig, Recipe
 from nano_pretrain.recipe.split import stage_build
 from nano_pretrain.train.before import next_stage
-from nano_pretrain.train.callbacks import Checkpoints, Lines, Metrics, Quantisation, StageEndEvaluation, Validation
+from nano_pretrain.train.callbacks import (
+    Checkpoints,
+    Lines,
+    Metrics,
+    Quantisation,
+    StageEndEvaluation,
+    StopIfNotFinite,
+    Validation,
+)
 from nano_pretrain.train.directory import full_disk_is_the_users_to_mend, only_trainer, truncate_streams
-from nano_pretrain.train.environment import check_same_kernels, environment, recorded_kernels
+from nano_pretrain.train.environment import check_same_kernels, environment, recorded_kernels, same_kernels
 from nano_pretrain.train.exit_file import ExitFile
 from nano_pretrain.train.loggers import ProgressBar, TensorBoard, Wandb
 from nano_pretrain.train.loop import run_loop
@@ -190,7 +198,7 @@ def _resume(session: Session) -> None:
     description = environment(session)
     if session.ranks.is_first:
         before, now = recorded_kernels(session.directory), session.platform.kernels()
-        if manifest is not None and before not in (None, now):
+        if manifest is not None and before is not None and not same_kernels(before, now):
             print(f"{session.directory}: so far with kernels: {before}; losses now differ by rounding", flush=True)
         if manifest is not None and (more := added_since(manifest, session.corpus)):
             print(f"{session.directory}: more training tokens than at {manifest.tokens:,}: {more}", flush=True)
@@ -229,11 +237,15 @@ def _heldout(session: Session, reset: bool, device: torch.device) -> Callable[[]
 
 
 def _callbacks(session: Session, heldout: Callable[[], HeldOut]) -> list[Callback]:
-    """In the order in which they are called; what may be lost by a kill comes before the checkpoint that covers it."""
+    """In the order in which they are called; what may be lost by a kill comes before the checkpoint that covers it.
+
+    What FP8 lost comes before the stop at a step that is not finite, and may say where that began.
+    """
     recipe = session.recipe
-    callbacks: list[Callback] = [Metrics(), Validation(heldout, recipe.validation.every)]
+    callbacks: list[Callback] = []
     if (losses := session.trainable.model.quantisation_losses) and recipe.log.fp8_every:
         callbacks.append(Quantisation(losses, recipe.log.fp8_every))
+    callbacks += [StopIfNotFinite(), Metrics(), Validation(heldout, recipe.validation.every)]
     if session.ranks.is_first:
         callbacks.append(ProgressBar(session.curriculum.total_tokens, recipe.log.every))
         if recipe.log.tensorboard:

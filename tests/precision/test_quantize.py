@@ -76,7 +76,7 @@ def test_statistics_agree(x: Tensor, quantizer: Quantizer) -> None:
     for name in ("plain", "native"):
         with using(name):
             found.append(quantizer.statistics(x))
-    for field in ("elements", "nonzero", "flushed", "saturated"):
+    for field in ("elements", "nonzero", "flushed", "saturated", "not_finite"):
         assert getattr(found[0], field) == getattr(found[1], field)
     # Sums of up to 90,000 squares in float64, in another order.
     assert found[0].squares == pytest.approx(found[1].squares, rel=1e-11, nan_ok=True)
@@ -141,9 +141,21 @@ class TestEither:
         assert found.saturated == 3
         assert found.saturated_share == 0.6
 
+    @pytest.mark.parametrize("tile", Tile)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_what_is_not_finite_is_counted(self, tile: Tile, dtype: torch.dtype) -> None:
+        x = torch.ones(130, 300)
+        largest = torch.finfo(dtype).max
+        x[:2, 126:131] = torch.tensor([[torch.nan, -torch.inf, 0, largest, torch.nan], [1, torch.inf, 1, 1, -largest]])
+        found = Quantizer(tile, E4M3, power_of_two=True).statistics(x.to(dtype))
+        assert found.not_finite == 4
+        assert found.not_finite_share == 4 / x.numel()
+        assert found.relative_error != found.relative_error
+
     @given(x=matrices().filter(lambda x: bool(x.isfinite().all())), quantizer=QUANTIZERS)
     def test_finite_values_do_not_saturate(self, x: Tensor, quantizer: Quantizer) -> None:
-        assert quantizer.statistics(x).saturated == 0
+        found = quantizer.statistics(x)
+        assert (found.saturated, found.not_finite) == (0, 0)
 
     def test_statistics_of_parts_can_be_added(self) -> None:
         x = torch.randn(256, 128, generator=torch.Generator().manual_seed(0))

@@ -15,7 +15,7 @@ from matplotlib.patches import Rectangle
 from omegaconf import OmegaConf
 
 from nano_pretrain.recipe.acts import HISTORY
-from nano_pretrain.report import facts, words
+from nano_pretrain.report import facts, render_report, words
 from nano_pretrain.report.course import planned_tokens, schedule_marks, source_names, spans
 from nano_pretrain.report.curves import POINTS, smooth, thin
 from nano_pretrain.report.figures import blend_figure
@@ -241,6 +241,30 @@ def test_fp8_is_summed_up_by_operand(tmp_path: Path) -> None:
     assert facts.quantisation_table(read_record(tmp_path)).rows == []
 
 
+def test_errors_that_fp8_has_none_of_are_explained(tmp_path: Path) -> None:
+    def step(number: int, *shares: float) -> dict[str, Any]:
+        linears = {
+            name: {"gradient": {"relative_error": None if share else 0.03, "not_finite": share, "flushed": 0.0}}
+            for name, share in zip("ab", shares, strict=True)
+        }
+        # The first named is the last of its pass.
+        named = [f"gradient of {name}" for name, share in reversed(list(zip("ab", shares, strict=True))) if share]
+        return {"step": number, "tokens": number, "not_finite": named, "linears": linears}
+
+    write_lines(tmp_path / "fp8.jsonl", [step(1, 0, 0)])
+    assert facts.not_finite_sentence(read_record(tmp_path)) == ""
+    write_lines(tmp_path / "fp8.jsonl", [step(1, 0, 0), step(2, 0.1, 0.0), step(3, 0.1, 0.1)])
+    record = read_record(tmp_path)
+    (row,) = facts.quantisation_table(record).rows
+    assert row[:4] == ("gradient", "3.00 %", "not finite", "not finite")
+    assert facts.not_finite_sentence(record).startswith(
+        "Infinite or NaN values, of which there is no error, in 2 of 3 counted steps, first in step 2: gradient of a;"
+    )
+    write_lines(tmp_path / "fp8.jsonl", [step(1, 0.1, 0.1)])
+    assert "first in step 1: gradient of b and 1 more;" in facts.not_finite_sentence(read_record(tmp_path))
+    assert "first in step 1: gradient of b and 1 more;" in render_report(tmp_path).read_text()
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.dictionaries(st.sampled_from(["recipe.yaml", "environment.json", "ledger.json", "exit.json"]), _DOCUMENTS),
@@ -267,5 +291,6 @@ def test_any_json_is_read_and_summarised(documents: dict[str, Any], lines: dict[
             facts.quantisation_table,
             retrieval_table,
         )
+        facts.not_finite_sentence(record)
         for table in (summary(record) for summary in summaries):
             assert all(len(row) == len(table.header) for row in table.rows)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import replace
+from math import inf, nan
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,9 +17,13 @@ from nano_pretrain.data.shards import open_corpus
 from nano_pretrain.evaluate.harness_suite import HarnessSuite
 from nano_pretrain.evaluate.length import LengthSuite, Subject
 from nano_pretrain.parallel.groups import Ranks
+from nano_pretrain.precision.linear import BLOCKWISE
+from nano_pretrain.precision.losses import QuantisationLosses
 from nano_pretrain.recipe.schema import EvaluateConfig
 from nano_pretrain.train import callbacks
-from nano_pretrain.train.callbacks import StageEndEvaluation, Validation
+from nano_pretrain.train.callbacks import Metrics, NotFiniteError, StageEndEvaluation, Validation
+from nano_pretrain.train.run import _callbacks
+from nano_pretrain.train.session import Callback, StepRecord
 from tests.corpora import write_corpus
 from tests.evaluate.local_tasks import write_tasks
 from tests.model.recipes import small_recipe
@@ -56,6 +62,68 @@ def test_validation_of_the_first_and_last_weights_is_made_up_for(
         validation.on_start(session(tmp_path, step, finished))
         expected = [{"step": step, "tokens": step * 512, "blend": {"bits_per_byte": 4.2}}]
         assert lines(tmp_path / "validation.jsonl") == expected * evaluated
+
+
+FINE = StepRecord(1, 512, 4.0, 1e-3, 1.0, 100.0, None, "pretrain", "p1", 128, 4)
+
+
+def quantising(directory: Path, every: int) -> tuple[list[Callback], QuantisationLosses, Any]:
+    """The callbacks of a run with an FP8 linear, which has been used once, up to the one that writes metrics.jsonl."""
+    losses, at = QuantisationLosses(["layers.0.mlp.linear_fc1"]), session(directory, 0)
+    at.trainable.model.quantisation_losses = losses
+    at.recipe.log.fp8_every, at.recipe.evaluate = every, EvaluateConfig(lengths=[])
+    at.curriculum.total_tokens = TOKENS
+    all_of_them = _callbacks(at, lambda: pytest.fail("nothing is evaluated"))
+    upto = next(number for number, callback in enumerate(all_of_them) if isinstance(callback, Metrics))
+    return all_of_them[: upto + 1], losses, at
+
+
+def use(losses: QuantisationLosses, gradient: float = 1.0) -> None:
+    if losses.counting:
+        losses.add(0, BLOCKWISE, torch.ones(4, 2), torch.ones(3, 2), torch.full((4, 3), gradient))
+
+
+def step(callbacks_: list[Callback], at: Any, record: StepRecord) -> None:
+    """As the loop."""
+    for callback in callbacks_:
+        callback.on_step(at, record, stopping=False)
+
+
+@pytest.mark.usefixtures("platform")
+@pytest.mark.parametrize(("start", "every", "counted"), [(0, 3, [1, 3, 6]), (0, 100, [1]), (2, 3, [3, 6]), (0, 0, [])])
+def test_quantisation_is_counted_in_the_runs_first_step_and_by_the_steps_number(
+    tmp_path: Path, start: int, every: int, counted: list[int]
+) -> None:
+    """Whatever step a process begins with."""
+    callbacks_, losses, at = quantising(tmp_path, every)
+    at.step = start
+    for callback in callbacks_:
+        callback.on_start(at)
+    for number in range(start + 1, 8):
+        use(losses)
+        step(callbacks_, at, replace(FINE, step=number, tokens=number * 512))
+    assert [(line["step"], line["tokens"]) for line in lines(tmp_path / "fp8.jsonl")] == [(n, n * 512) for n in counted]
+
+
+@pytest.mark.usefixtures("platform")
+@pytest.mark.parametrize(
+    "spoilt",
+    [replace(FINE, loss=nan), replace(FINE, loss=inf), replace(FINE, grad_norm=nan), replace(FINE, grad_norm=inf)],
+)
+def test_a_step_that_is_not_finite_says_where_fp8_met_it_before_the_run_ends(
+    tmp_path: Path, spoilt: StepRecord, capsys: pytest.CaptureFixture[str]
+) -> None:
+    callbacks_, losses, at = quantising(tmp_path, every=100)
+    callbacks_[0].on_start(at)
+    use(losses, gradient=nan)
+    with pytest.raises(NotFiniteError, match=r"^step 1: loss .*, gradient norm .*lower learning rate$"):
+        step(callbacks_, at, spoilt)
+    (line,) = lines(tmp_path / "fp8.jsonl")
+    assert line["not_finite"] == ["gradient of layers.0.mlp.linear_fc1"]
+    assert capsys.readouterr().out == (
+        "step 1: infinite (made finite by FP8) or NaN: gradient of layers.0.mlp.linear_fc1\n"
+    )
+    assert not (tmp_path / "metrics.jsonl").exists()
 
 
 class KilledError(Exception):

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from nano_pretrain.parallel.groups import Ranks
 from nano_pretrain.platform.cpu import CpuPlatform
 from nano_pretrain.recipe.errors import UserError
-from nano_pretrain.train.environment import check_same_kernels
+from nano_pretrain.train.environment import check_same_kernels, same_kernels
 from tests.distributed.ranks import run_ranks
 from tests.train.small_run import STEPS, Finished, SmallRuns, checkpoints, learned, lines, start, wait_until
 
@@ -33,12 +33,13 @@ def killed(small: SmallRuns) -> Path:
 
 @pytest.fixture(scope="module")
 def continued(small: SmallRuns, killed: Path) -> dict[str, Finished]:
-    """The killed run goes on as it was, and a copy of it on native kernels."""
+    """The killed run goes on with plain kernels, now for want of a compiler, and a copy of it on native ones."""
     shutil.copytree(killed, small.path("native_after_plain"))
-    return {
-        "plain_killed": small.run("train", "plain_killed", PLAIN),
-        "native_after_plain": small.run("train", "native_after_plain", "cluster.cpu_kernels=native"),
-    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CXX", "/bin/false")
+        plain = small.run("train", "plain_killed")
+    native = small.run("train", "native_after_plain", "cluster.cpu_kernels=native")
+    return {"plain_killed": plain, "native_after_plain": native}
 
 
 @pytest.mark.full
@@ -46,9 +47,13 @@ def test_plain_kernels_resume_bit_for_bit(small: SmallRuns, continued: dict[str,
     undisturbed = small.run("train", "plain", PLAIN)
     assert undisturbed.code == continued["plain_killed"].code == 0
     assert "kernels: plain PyTorch (cluster.cpu_kernels=plain)\n" in undisturbed.text
-    assert "so far with kernels" not in continued["plain_killed"].text
     assert learned(small.path("plain_killed")) == learned(small.path("plain"))
     assert len(learned(small.path("plain"))) == STEPS
+
+
+def test_another_reason_for_plain_kernels_is_no_change(continued: dict[str, Finished]) -> None:
+    assert "\nkernels: plain PyTorch, about half as fast as native: CXX=/bin/false" in continued["plain_killed"].text
+    assert "so far with kernels" not in continued["plain_killed"].text
 
 
 def test_a_change_of_kernels_is_said_and_changes_only_the_rounding(
@@ -74,11 +79,10 @@ def test_native_without_a_compiler_is_refused(small: SmallRuns, monkeypatch: pyt
     )
 
 
-def kernels_of_one_rank_fail() -> str:
-    """What rank 0 says when rank 1 has no compiler."""
+def kernels_of_ranks(*compilers: str) -> str:
+    """What a rank is told when each has another compiler."""
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    if rank == 1:
-        os.environ["CXX"] = "/bin/false"
+    os.environ["CXX"] = compilers[rank]
     platform = CpuPlatform()
     platform.prepare(rank, 1, "auto")
     dist.init_process_group("gloo")
@@ -92,7 +96,18 @@ def kernels_of_one_rank_fail() -> str:
 
 
 def test_ranks_with_unlike_kernels_are_refused() -> None:
-    answers = run_ranks(kernels_of_one_rank_fail, 2)
+    answers = run_ranks(kernels_of_ranks, 2, "g++", "/bin/false")
     assert answers[0] == answers[1]
     assert answers[0].startswith("cluster.cpu_kernels: rank 0 has native, rank 1 has plain PyTorch")
     assert answers[0].endswith("or write cluster.cpu_kernels=plain")
+
+
+def test_plain_ranks_are_alike_whatever_the_reason() -> None:
+    assert run_ranks(kernels_of_ranks, 2, "/bin/true", "/bin/false") == ["nothing", "nothing"]
+
+
+def test_the_reason_is_no_difference() -> None:
+    wanted, failed = "plain PyTorch (cluster.cpu_kernels=plain)", "plain PyTorch, about half as fast as native: no GCC"
+    assert same_kernels(wanted, failed)
+    assert not same_kernels(wanted, "native")
+    assert not same_kernels("native", "mamba-ssm and Transformer Engine")

@@ -7,17 +7,31 @@ import fcntl
 import hashlib
 import os
 import platform
+import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 SOURCES = Path(__file__).parent
+CPU_INFO = Path("/proc/cpuinfo")
+LIBRARIES = ("-lstdc++", "-lm")
+"""Those that g++ links by itself and gcc does not."""
+
 SECONDS = 300
 """A compiler that takes longer than this counts as failed."""
+
+DAYS_KEPT = {".build-*": 1, "kernels-*": 60}
+"""What nobody has touched for so long goes. A scratch directory may be in use on another machine: where homes are
+shared, locks may hold on one machine only."""
+
+_ERROR = re.compile(r"\berror:|\bld: cannot", re.IGNORECASE)
+_TEMPORARY_NAME = re.compile(r"\S*/(cc\w{6}\.|\.build-)\S*\s*")
 
 
 class BuildError(Exception):
@@ -29,29 +43,59 @@ def build() -> Path:
 
     The cache is `$XDG_CACHE_HOME/nano_pretrain`, by default `~/.cache/nano_pretrain`; the file's name is a hash of the
     sources, the compiler and the CPU, since home directories are shared by unlike machines. Of several processes one
-    compiles and the others wait.
+    compiles and the others wait; where it fails, it fails for those that waited. Libraries that nobody has used for
+    60 days go when another is compiled.
 
     Raises:
         BuildError: no compiler, or it failed.
     """
     compiler = _compiler()
-    command = [*compiler, *_flags()]
     try:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nano_pretrain"
-        target = cache / f"kernels-{_fingerprint(command)}.so"
+        target = _built([*compiler, *_flags(compiler)])
+    except (OSError, RuntimeError) as error:  # RuntimeError: a user without a home
+        reason = str(error).rstrip(".")
+        raise BuildError(f"{reason}; set XDG_CACHE_HOME to a directory that can be written") from error
+    with contextlib.suppress(OSError):  # a cache that is only read
+        for file in (target, _digest_file(target)):
+            os.utime(file)
+    return target
+
+
+def _built(command: list[str]) -> Path:
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nano_pretrain"
+    target = cache / f"kernels-{_fingerprint(command)}.so"
+    if _is_whole(target):
+        return target
+    cache.mkdir(parents=True, exist_ok=True)
+    failure = target.with_suffix(".failed")
+    failed_before = _written(failure)
+    with (cache / "build.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         if _is_whole(target):
             return target
-        cache.mkdir(parents=True, exist_ok=True)
-        with (cache / "build.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not _is_whole(target):
-                print("compiling the CPU kernels, once for this machine (some ten seconds)", file=sys.stderr)
-                for abandoned in cache.glob(".build-*"):
-                    shutil.rmtree(abandoned, ignore_errors=True)
-                _compile(command, target)
-    except (OSError, RuntimeError) as error:  # RuntimeError: a user without a home
-        raise BuildError(f"{error}") from error
+        if _written(failure) not in (None, failed_before):
+            raise BuildError(failure.read_text())
+        print("compiling the CPU kernels, once for this machine (some ten seconds)", file=sys.stderr)
+        _remove_old(cache)
+        try:
+            _compile(command, target)
+        except BuildError as error:
+            failure.write_text(str(error))
+            raise
     return target
+
+
+def _written(file: Path) -> int | None:
+    """When, in nanoseconds of the file system's clock; None if there is no such file."""
+    return file.stat().st_mtime_ns if file.exists() else None
+
+
+def _remove_old(cache: Path) -> None:
+    for pattern, days in DAYS_KEPT.items():
+        for entry in cache.glob(pattern):
+            with contextlib.suppress(OSError):  # another machine was faster, or another user's
+                if time.time() - entry.stat().st_mtime > days * 24 * 3600:
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
 def _compiler() -> list[str]:
@@ -68,16 +112,20 @@ def _compiler() -> list[str]:
     raise BuildError("no GCC found as g++ or c++; install g++")
 
 
-def _flags() -> list[str]:
+def _flags(compiler: list[str]) -> list[str]:
     # Without errno and traps, comparisons and roots vectorise; the order of operations stays as written.
     flags = ["-O3", "-std=c++17", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros"]
     if platform.machine() in ("x86_64", "AMD64"):
-        return [*flags, "-march=native", "-mprefer-vector-width=512"]
-    return [*flags, "-mcpu=native"]
+        flags += ["-march=native", "-mprefer-vector-width=512"]
+    else:
+        flags += ["-mcpu=native"]
+    # What CXX itself sets, for example -march=x86-64-v3, holds: of two the compiler would take the later.
+    given = {word.partition("=")[0] for word in compiler}
+    return [flag for flag in flags if flag.partition("=")[0] not in given]
 
 
 def _fingerprint(command: list[str]) -> str:
-    digest = hashlib.sha256("\0".join([*command, _output([command[0], "--version"]), _cpu()]).encode())
+    digest = hashlib.sha256("\0".join([*command, *LIBRARIES, _output([*command, "--version"]), _cpu()]).encode())
     for source in sorted(SOURCES.glob("*.[ch]*")):
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
     return digest.hexdigest()[:20]
@@ -86,7 +134,7 @@ def _fingerprint(command: list[str]) -> str:
 def _cpu() -> str:
     """What the compiler's `native` depends on: the CPU's model and its instruction sets."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = CPU_INFO.read_text().splitlines()
     except OSError:
         return platform.processor()
     return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
@@ -101,7 +149,7 @@ def _compile(command: list[str], target: Path) -> None:
         with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)))) as pool:
             list(pool.map(_run, jobs))
         library = Path(scratch, "kernels.so")
-        _run([*command, "-shared", *map(str, objects), "-o", str(library)])
+        _run([*command, "-shared", *map(str, objects), *LIBRARIES, "-o", str(library)])
         _digest_file(target).write_text(_digest(library))
         with library.open("rb") as file:
             os.fsync(file.fileno())
@@ -123,17 +171,35 @@ def _digest(library: Path) -> str:
 
 
 def _run(command: list[str]) -> None:
+    program = shlex.join(command[:1])
     try:
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=SECONDS)
+        _finished(command).check_returncode()
     except subprocess.CalledProcessError as error:
-        first = next((line for line in error.stderr.splitlines() if "error" in line), error.stderr.strip()[:200])
-        raise BuildError(f"{shlex.join(command[:1])} failed: {first}") from error
+        raise BuildError(f"{program} {_ending(error.returncode, error.stderr)}") from error
     except subprocess.TimeoutExpired as error:
-        raise BuildError(f"{shlex.join(command[:1])} took longer than {SECONDS} s") from error
+        raise BuildError(f"{program} took longer than {SECONDS} s") from error
+
+
+def _ending(code: int, said: str) -> str:
+    """How a compiler failed: a line, the same each time."""
+    if code < 0:
+        name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+        return f"was ended by {name}"
+    lines = [line.strip() for line in said.splitlines() if line.strip()] or [f"exit code {code}"]
+    first = next(filter(_ERROR.search, lines), lines[0])
+    return f"failed: {_TEMPORARY_NAME.sub('', first)[:200]}"
 
 
 def _output(command: list[str]) -> str:
     try:
-        return subprocess.run(command, check=False, capture_output=True, text=True, timeout=SECONDS).stdout
+        return _finished(command).stdout
     except (OSError, subprocess.TimeoutExpired):
         return ""
+
+
+def _finished(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """The command's end and output, in English."""
+    language = {**os.environ, "LC_ALL": "C"}
+    return subprocess.run(
+        command, check=False, capture_output=True, text=True, errors="replace", timeout=SECONDS, env=language
+    )

@@ -187,29 +187,30 @@ void quantize(Matrix<const T> x, Matrix<Out> out, float* inverses, Tile tile, Sc
 }
 
 struct Sums {
-  double nonzero = 0, flushed = 0, saturated = 0, error = 0, squares = 0;
+  double nonzero = 0, flushed = 0, saturated = 0, not_finite = 0, error = 0, squares = 0;
 
   void operator+=(const Sums& other) {
     nonzero += other.nonzero, flushed += other.flushed, saturated += other.saturated;
-    error += other.error, squares += other.squares;
+    not_finite += other.not_finite, error += other.error, squares += other.squares;
   }
 };
 
 template <class F, class T>
 Sums sums_of_row(i64 n, const T* x, const Scales& scales) {
-  float nonzero = 0, flushed = 0, saturated = 0;
+  float nonzero = 0, flushed = 0, saturated = 0, not_finite = 0;
   double error = 0, squares = 0;
-#pragma omp simd reduction(+ : nonzero, flushed, saturated, error, squares)
+#pragma omp simd reduction(+ : nonzero, flushed, saturated, not_finite, error, squares)
   for (i64 c = 0; c < n; c++) {
     float value = widen(x[c]), scaled = value * scales.scale[c], rounded = F::round(scaled);
     double lost = double(value) - double(rounded) * scales.inverse[c];
     nonzero += value != 0.f;
     flushed += (value != 0.f) & (rounded == 0.f);
     saturated += std::fabs(scaled) > F::beyond;
+    not_finite += !(std::fabs(value) <= std::numeric_limits<float>::max());
     error += lost * lost;
     squares += double(value) * value;
   }
-  return {nonzero, flushed, saturated, error, squares};
+  return {nonzero, flushed, saturated, not_finite, error, squares};
 }
 
 template <class F, class T>
@@ -270,8 +271,8 @@ void fp8_quantize(i64 dtype, i64 out_dtype, i64 format, const void* x, i64 x_row
   });
 }
 
-// out[5]: values that are not zero; of these, those that become zero; values that saturate; sum of the squares of the
-// errors, and of the values.
+// out[6]: values that are not zero; of these, those that become zero; values that saturate; those that are infinite or
+// NaN; sum of the squares of the errors, and of the values.
 void fp8_statistics(i64 dtype, i64 format, const void* x, i64 x_row, double* out, i64 rows, i64 columns, i64 tile,
                     i64 power_of_two, i64 threads) {
   with_dtype(dtype, [=](auto element) {
@@ -280,7 +281,7 @@ void fp8_statistics(i64 dtype, i64 format, const void* x, i64 x_row, double* out
       using F = decltype(f);
       Sums all = statistics<F, T>({static_cast<const T*>(x), x_row, rows, columns}, Tile(tile),
                                   scaling_of<F, T>(Tile(tile), power_of_two), threads);
-      std::copy_n(&all.nonzero, 5, out);
+      std::copy_n(&all.nonzero, 6, out);
     });
   });
 }
