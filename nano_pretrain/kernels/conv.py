@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nano_pretrain.kernels.documents import document_numbers
 from nano_pretrain.kernels.native.layout import empty_tokens, parameter, tokens, wide, written_tokens
 from nano_pretrain.kernels.native.library import Library, active
 
@@ -23,11 +24,15 @@ def causal_conv_silu(x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Te
         x: [batch, length, channels].
         weight: [channels, width].
         bias: [channels] or None.
-        seq_idx: document of each token [batch, length], non-decreasing, or None.
+        seq_idx: document of each token [batch, length], integers, non-decreasing, or None.
 
     Returns:
         [batch, length, channels] in the dtype of x; sums are in fp32 (float64 for float64).
+
+    Raises:
+        ValueError: the filter has no taps, or seq_idx is not of integers.
     """
+    seq_idx = document_numbers(seq_idx)
     library = active(x)
     out: Tensor
     if library is None:
@@ -40,9 +45,9 @@ def causal_conv_silu(x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Te
 def native_conv_silu(
     library: Library, x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor | None, out: Tensor
 ) -> None:
-    """`causal_conv_silu` into `out`, which may be channels of a wider tensor; no gradients."""
+    """`causal_conv_silu` into `out`, which may be channels of a wider tensor; seq_idx is int32; no gradients."""
     filters = _native_parameters(x, weight, bias, seq_idx)
-    library.call("conv_forward", x.dtype, *tokens(x, x), *filters, *written_tokens(out, x), *x.shape, weight.shape[1])
+    library.call("conv_forward", x.dtype, *tokens(x, x), *filters, *written_tokens(out, x), *x.shape, _taps(weight))
 
 
 def native_conv_silu_backward(
@@ -61,19 +66,31 @@ def native_conv_silu_backward(
         x: as in `causal_conv_silu`.
         weight: as there.
         bias: as there.
-        seq_idx: as there.
+        seq_idx: as there, int32.
         grad: [batch, length, channels] in the dtype of x.
         dx: written, [batch, length, channels] in the dtype of x, channels contiguous.
 
     Returns:
         Gradients of weight and bias, in their dtypes.
     """
-    channels, width, dtype = x.shape[2], weight.shape[1], wide(x.dtype)
+    channels, width, dtype = x.shape[2], _taps(weight), wide(x.dtype)
     dweight, dbias = torch.empty(channels, width, dtype=dtype), torch.empty(channels, dtype=dtype)
     gradients = (*tokens(grad, x), *written_tokens(dx, x), dweight, dbias)
     filters = _native_parameters(x, weight, bias, seq_idx)
     library.call("conv_backward", x.dtype, *tokens(x, x), *filters, *gradients, *x.shape, width)
     return dweight.to(weight.dtype), None if bias is None else dbias.to(bias.dtype)
+
+
+def _taps(weight: Tensor) -> int:
+    """Width of the filter.
+
+    Raises:
+        ValueError: it has none: there is no last tap, and the native kernels would divide by it.
+    """
+    width = weight.shape[1]
+    if width < 1:
+        raise ValueError(f"a convolution with a filter of width {width}: it needs at least one tap")
+    return width
 
 
 def _native_parameters(
@@ -143,7 +160,7 @@ def _taps_sum(x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor | 
     """The convolution before its SiLU, in at least fp32."""
     dtype = wide(x.dtype)
     x_ = x.to(dtype)
-    width, length = weight.shape[1], x.shape[1]
+    width, length = _taps(weight), x.shape[1]
     last = weight[:, -1].to(dtype)
     summed = x_ * last if bias is None else torch.addcmul(bias.to(dtype), x_, last)
     for shift in range(1, min(width, length)):

@@ -39,14 +39,20 @@ def vocabulary_cross_entropy(
     length, batch, columns = logits.shape
     if labels.shape != (batch, length):
         raise ValueError(f"labels of shape {tuple(labels.shape)} do not fit logits of shape {tuple(logits.shape)}")
-    smallest, largest = labels.aminmax()
-    if smallest < 0 or largest >= vocab_size:
-        raise ValueError(f"labels from {smallest} to {largest} are not all in a vocabulary of {vocab_size}")
+    _check_labels(labels, vocab_size)
     first = group.rank() * columns if group else 0
     valid = min(max(vocab_size - first, 0), columns)
     local = labels.t().flatten().long() - first
     losses: Tensor = _CrossEntropy.apply(logits, local, valid, group)  # type: ignore[no-untyped-call]
     return losses.view(length, batch).t().contiguous()
+
+
+def _check_labels(labels: Tensor, vocab_size: int) -> None:
+    if not labels.numel():
+        return
+    smallest, largest = labels.aminmax()
+    if smallest < 0 or largest >= vocab_size:
+        raise ValueError(f"labels from {smallest} to {largest} are not all in a vocabulary of {vocab_size}")
 
 
 class _CrossEntropy(torch.autograd.Function):

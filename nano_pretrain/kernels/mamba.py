@@ -1,4 +1,8 @@
-"""The portable kernels behind mamba-ssm's names and signatures, as megatron-core's mixer calls them."""
+"""The portable kernels behind mamba-ssm's names, with the arguments that megatron-core's mixer passes.
+
+What follows `chunk_size` is taken by name only, as the mixer passes it: mamba-ssm has more arguments, in another order.
+Those that the mixer does not pass (`dt_limit`, `rmsnorm_weight` and others) do not exist here.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ from torch import Tensor, nn
 
 from nano_pretrain.kernels.activation import silu_gate
 from nano_pretrain.kernels.conv import causal_conv_silu
+from nano_pretrain.kernels.documents import document_numbers
 from nano_pretrain.kernels.mixer import Sizes, native_mixer
 from nano_pretrain.kernels.native.layout import wide
 from nano_pretrain.kernels.native.library import active
@@ -31,6 +36,7 @@ def mamba_chunk_scan_combined(
     B: Tensor,  # noqa: N803
     C: Tensor,  # noqa: N803
     chunk_size: int,
+    *,
     D: Tensor | None = None,  # noqa: N803
     z: Tensor | None = None,
     dt_bias: Tensor | None = None,
@@ -41,7 +47,7 @@ def mamba_chunk_scan_combined(
     return_final_states: bool = False,
     return_varlen_states: bool = False,
 ) -> Any:
-    """The scan with softplus and gate: signature and result of `mamba_ssm.ops.triton.ssd_combined`.
+    """The scan with softplus and gate, as `mamba_ssm.ops.triton.ssd_combined` has it.
 
     Args:
         x: [batch, length, heads, head dim].
@@ -82,13 +88,14 @@ def mamba_split_conv1d_scan_combined(
     A: Tensor,  # noqa: N803
     D: Tensor,  # noqa: N803
     chunk_size: int,
+    *,
     seq_idx: Tensor | None = None,
     activation: str = "silu",
     headdim: int | None = None,
     ngroups: int = 1,
     norm_before_gate: bool = True,
 ) -> Tensor:
-    """Convolution, scan and gate of a Mamba-2 layer: signature and result of `mamba_ssm.ops.triton.ssd_combined`.
+    """Convolution, scan and gate of a Mamba-2 layer, as `mamba_ssm.ops.triton.ssd_combined` has them.
 
     Args:
         zxbcdt: in_proj's output [batch, length, 2 d_inner + 2 groups state + heads].
@@ -108,7 +115,7 @@ def mamba_split_conv1d_scan_combined(
         gated output before the norm [batch, length, d_inner].
 
     Raises:
-        ValueError: an activation other than SiLU, or no head dimension.
+        ValueError: an activation other than SiLU, no head dimension, or seq_idx that is not of integers.
     """
     if activation not in ("silu", "swish") or headdim is None:
         raise ValueError("the portable scan needs activation='silu' and a head dimension")
@@ -116,6 +123,7 @@ def mamba_split_conv1d_scan_combined(
     inner = heads * headdim
     state = (conv1d_weight.shape[0] - inner) // (2 * ngroups)
     library = active(zxbcdt)
+    seq_idx = document_numbers(seq_idx)
     if library:
         sizes = Sizes(heads, headdim, ngroups, state)
         return native_mixer(library, sizes, zxbcdt, conv1d_weight, conv1d_bias, dt_bias, A, D, seq_idx)
@@ -147,7 +155,7 @@ def selective_state_update(
     dt_softplus: bool = False,
     state_batch_indices: Tensor | None = None,
 ) -> Tensor:
-    """One token of the scan: signature and result of `mamba_ssm.ops.triton.selective_state_update`.
+    """One token of the scan, as `mamba_ssm.ops.triton.selective_state_update` has it.
 
     Mamba-2 has one dt, A, dt_bias and D per head; the mixer passes them expanded over the head's channels and state.
 

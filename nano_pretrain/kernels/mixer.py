@@ -74,7 +74,7 @@ def native_mixer(
         dt_bias: [heads].
         a: decay rates [heads].
         d: skip weights [heads].
-        seq_idx: document of each token [batch, length], or None.
+        seq_idx: document of each token [batch, length], int32, or None.
 
     Returns:
         gated output before the norm [batch, length, d_inner], in memory in the order of zxbcdt.

@@ -32,9 +32,9 @@ def gated_rms_norm(x: Tensor, z: Tensor | None, weight: Tensor, eps: float, grou
         [..., channels] in the dtype of x.
 
     Raises:
-        ValueError: group_size does not divide channels.
+        ValueError: group_size is below 1 or does not divide channels, or there are no channels.
     """
-    if x.shape[-1] % group_size:
+    if not 1 <= group_size <= x.shape[-1] or x.shape[-1] % group_size:
         raise ValueError(f"{x.shape[-1]} channels cannot be divided into groups of {group_size}")
     library = active(x, z)
     if library is None or (z is not None and z.dtype != x.dtype):

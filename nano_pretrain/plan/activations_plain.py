@@ -5,13 +5,15 @@ Linears, reductions and the optimizer are those of `activations_cpu`.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from nano_pretrain.plan.activations import HeadActivations, LayerActivations, Sizes
 from nano_pretrain.plan.activations_cpu import entering, head_linear, leaving
 from nano_pretrain.recipe.derived import mamba_shape, padded_vocab_size
 from nano_pretrain.recipe.pattern import LayerType
 
-CHUNK = 64
-"""Tokens of a chunk of the scan."""
+CHUNK, SEGMENT = 64, 1024
+"""Tokens of a chunk of the scan, and tokens that its backward pass computes again at a time."""
 
 PIECE = 2**20
 """Logits that the loss widens at a time; the piece before is released when the next one is there."""
@@ -20,29 +22,25 @@ PIECE = 2**20
 def mamba(sizes: Sizes) -> LayerActivations:
     """A Mamba-2 layer.
 
-    Kept between the projections: the convolution's output; of the scan dt times x, again in the order of the product,
-    times its decay to the chunk's end, what the chunk before gives, and y; SiLU of z; the gated output and its norm in
-    FP32, and the norm; the decay in FP32 and the scores times it, [heads, tokens, chunk], and the scores by group; B
-    and C twice each, in the order of the products; four FP32 numbers a head and token, and three in the dtype of
-    activations; x with its padding. States: of each chunk in FP32 and in the dtype of activations.
+    Kept between the projections: the convolution's output; dt before and after its softplus in FP32; y; SiLU of z; the
+    gated output and its norm in FP32, and the norm. States: one in FP32 before each segment of the scan.
 
     Backward, the largest of: out_proj; the gated norm, five FP32 tensors beside its input, while its two outputs are
-    gone; the decay, with the gradient of the weighted scores and two products and a sum in FP32 and three of z's size,
-    while the states, the weighted scores, what dt times x became and what lies behind the scan are gone; the
-    convolution, with the gradients of its output and z and five FP32 tensors, six with documents, and its input in
-    FP32, while all else between the projections is gone; in_proj and the norm.
+    gone; the scan of a segment, with the gradients of y and z, and those of the other segments' inputs, while what lies
+    behind the scan is gone; the convolution, with the gradients of its output and z and five FP32 tensors, six with
+    documents, and its input in FP32, while all else between the projections is gone; in_proj and the norm.
     """
     model, shape = sizes.model, mamba_shape(sizes.model)
-    square = _whole_chunks(sizes, sizes.per_token(model.mamba_num_heads * CHUNK))
-    weighted = square * sizes.element // 4
+    steps = sizes.per_token(model.mamba_num_heads)
     behind = 3 * sizes.inner + 2 * sizes.per_token(shape.inner)
-    dropped = sizes.convolved + square + weighted + _small_scan_tensors(sizes) + behind
-    states = _states(sizes)
+    dropped = sizes.convolved + 2 * steps + behind
+    states = _states(sizes, -(-sizes.sequence // SEGMENT))
     kept = _norm(sizes) + sizes.projected + dropped
     out_proj = leaving(sizes, sizes.inner, shape.inner, released=sizes.inner)
     norm = 4 * sizes.per_token(shape.inner) - sizes.inner
-    gone = _whole_chunks(sizes, 4 * sizes.inner) + behind + weighted + states
-    decay = 3 * (square + sizes.inner) + _whole_chunks(sizes, sizes.per_token(sizes.groups * CHUNK)) - gone
+    segment = replace(sizes, sequence=min(SEGMENT, sizes.sequence))
+    others = sizes.convolved + steps - segment.convolved - segment.per_token(model.mamba_num_heads)
+    scan = 2 * sizes.inner + others + _segment(segment) - behind
     wide_taps = 5 + sizes.documents + (sizes.element < 4)
     taps = sizes.inner + sizes.convolved + wide_taps * _in_fp32(sizes, sizes.convolved) - dropped - states
     in_proj = _entering(sizes, sizes.projected, shape.projected) - kept - states
@@ -50,19 +48,34 @@ def mamba(sizes: Sizes) -> LayerActivations:
         input=sizes.residual,
         kept=kept,
         states=states,
-        working=sizes.residual + max(out_proj, norm, decay, taps, in_proj),
+        working=sizes.residual + max(out_proj, norm, scan, taps, in_proj),
         dropped=dropped,
         again=sizes.inner,
     )
 
 
-def _small_scan_tensors(sizes: Sizes) -> int:
-    """What the scan keeps that is not [heads, tokens, chunk]."""
-    heads, groups = sizes.model.mamba_num_heads, sizes.groups
-    by_head = 4 * sizes.per_token(heads) + 3 * sizes.width(heads)
-    by_group = sizes.width(groups * (CHUNK + 4 * sizes.model.mamba_state_dim))
-    padded = sizes.inner if sizes.sequence % CHUNK else 0
-    return _whole_chunks(sizes, 4 * sizes.inner + by_head + by_group + padded)
+def _segment(sizes: Sizes) -> int:
+    """The backward pass of the scan of one segment, with all that it computes again.
+
+    The larger of two moments, with the scores by group and of tensors [heads, tokens, chunk]: the product that gives y,
+    with the FP32 decay, the weighted scores and their gradient, seven tensors of x's size, as many of B's, one more of
+    each if the last chunk is padded, and two FP32 states of each chunk; the decay, with the gradient of the weighted
+    scores and three FP32 ones that come of it.
+    """
+    model = sizes.model
+    square = sizes.per_token(model.mamba_num_heads * CHUNK)
+    weighted = square * sizes.element // 4
+    scores, by_group = (sizes.width(sizes.groups * n) for n in (CHUNK, model.mamba_state_dim))
+    products = square + 2 * weighted + (7 + (sizes.sequence % CHUNK > 0)) * (sizes.inner + by_group)
+    decay = 4 * square + (weighted if sizes.element < 4 else 0) + 3 * sizes.inner + 2 * by_group
+    states = _states(sizes, 2 * -(-sizes.sequence // CHUNK))
+    return _whole_chunks(sizes, scores) + max(_whole_chunks(sizes, products) + states, _whole_chunks(sizes, decay))
+
+
+def _states(sizes: Sizes, count: int) -> int:
+    """So many FP32 states of all heads of the rank."""
+    model, ranks = sizes.model, sizes.layout.tensor * sizes.layout.context
+    return 4 * count * sizes.batch * model.mamba_num_heads * model.mamba_head_dim * model.mamba_state_dim // ranks
 
 
 def _whole_chunks(sizes: Sizes, size: int) -> int:
@@ -73,14 +86,6 @@ def _whole_chunks(sizes: Sizes, size: int) -> int:
 def _in_fp32(sizes: Sizes, size: int) -> int:
     """An FP32 tensor with as many numbers as one of so many bytes."""
     return 4 * size // sizes.element
-
-
-def _states(sizes: Sizes) -> int:
-    """The state before each chunk in FP32 and in the dtype of activations."""
-    model, ranks = sizes.model, sizes.layout.tensor * sizes.layout.context
-    chunks = -(-sizes.sequence // CHUNK)
-    numbers = sizes.batch * chunks * model.mamba_num_heads * model.mamba_head_dim * model.mamba_state_dim // ranks
-    return (4 + sizes.element) * numbers
 
 
 def _norm(sizes: Sizes) -> int:

@@ -65,13 +65,23 @@ def guard_split_scan(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     @wraps(kernel)
     def guarded(
-        zxbcdt: Tensor, conv1d_weight: Tensor, conv1d_bias: Any, dt_bias: Tensor, *args: Any, **kwargs: Any
+        zxbcdt: Tensor,
+        conv1d_weight: Tensor,
+        conv1d_bias: Tensor | None,
+        dt_bias: Tensor,
+        A: Tensor,  # noqa: N803
+        D: Tensor,  # noqa: N803
+        chunk_size: int,
+        *,
+        headdim: int,
+        ngroups: int,
+        **others: Any,
     ) -> Tensor:
-        heads, head_dim, groups = dt_bias.shape[0], kwargs["headdim"], kwargs["ngroups"]
-        state = (conv1d_weight.shape[0] - heads * head_dim) // (2 * groups)
-        batch, length = zxbcdt.shape[:2]
-        check_int32(*largest_tensor(batch, length, heads, head_dim, groups, state, kwargs["chunk_size"]))
-        return kernel(zxbcdt, conv1d_weight, conv1d_bias, dt_bias, *args, **kwargs)
+        heads, (batch, length) = dt_bias.shape[0], zxbcdt.shape[:2]
+        state = (conv1d_weight.shape[0] - heads * headdim) // (2 * ngroups)
+        check_int32(*largest_tensor(batch, length, heads, headdim, ngroups, state, chunk_size))
+        given = (zxbcdt, conv1d_weight, conv1d_bias, dt_bias, A, D, chunk_size)
+        return kernel(*given, headdim=headdim, ngroups=ngroups, **others)
 
     return guarded
 

@@ -201,3 +201,16 @@ def test_a_shape_that_does_not_fit_is_refused(wrong: str) -> None:
     inputs = convolution_inputs(30, 4)
     with pytest.raises(RuntimeError, match="size"):
         causal_conv_silu(**{**inputs, wrong: inputs[wrong][:, :-1] if wrong == "seq_idx" else inputs[wrong][:-1]})
+
+
+def test_a_filter_without_taps_is_refused() -> None:
+    inputs = convolution_inputs(30, 0)
+    with pytest.raises(ValueError, match="filter of width 0"):
+        causal_conv_silu(**inputs)
+
+
+def test_no_tokens_have_no_gradients() -> None:
+    inputs = convolution_inputs(0, 4)
+    found = values_and_gradients(causal_conv_silu, inputs, [output_gradient(inputs)])
+    assert found["0"].shape == found["dx"].shape == (2, 0, 3)
+    assert not found["dweight"].any()

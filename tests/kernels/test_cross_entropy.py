@@ -149,6 +149,14 @@ def test_a_label_outside_the_vocabulary_is_refused(label: int) -> None:
         vocabulary_cross_entropy(case.logits(), labels, case.vocab)
 
 
+@pytest.mark.parametrize(("length", "batch"), [(0, 2), (5, 0), (0, 0)])
+def test_no_tokens_have_no_loss_and_no_gradient(length: int, batch: int) -> None:
+    case = Case(length=length, batch=batch)
+    found = values_and_gradients(case.loss, {"logits": case.logits()}, case.loss_gradients())
+    assert found["0"].shape == (batch, length)
+    assert found["dlogits"].shape == (length, batch, case.columns)
+
+
 def test_labels_of_another_shape_are_refused() -> None:
     case = Case()
     with pytest.raises(ValueError, match="do not fit"):

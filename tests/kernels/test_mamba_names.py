@@ -64,14 +64,14 @@ def layer_formula(
     return y.flatten(2) * F.silu(z)
 
 
+def layer(**inputs: Any) -> Tensor:
+    return mamba_split_conv1d_scan_combined(**inputs, chunk_size=256, headdim=CHANNELS, ngroups=GROUPS)
+
+
 def test_the_layer_equals_its_parts_in_values_and_all_gradients() -> None:
     gradients = [random_tensor(torch.Generator(), BATCH, LENGTH, INNER)]
     expected = values_and_gradients(layer_formula, split_inputs(), gradients)
-
-    def kernel(**inputs: Any) -> Tensor:
-        return mamba_split_conv1d_scan_combined(**inputs, chunk_size=256, headdim=CHANNELS, ngroups=GROUPS)
-
-    assert_close(values_and_gradients(kernel, split_inputs(), gradients), expected, TOLERANCE)
+    assert_close(values_and_gradients(layer, split_inputs(), gradients), expected, TOLERANCE)
 
 
 def scan_inputs() -> Inputs:
@@ -140,3 +140,40 @@ def test_what_only_batched_inference_needs_is_refused() -> None:
 def test_a_layer_of_another_kind_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="activation='silu' and a head dimension"):
         mamba_split_conv1d_scan_combined(**split_inputs(), chunk_size=8, ngroups=GROUPS, **wrong)
+
+
+def test_a_layer_without_a_filter_is_refused() -> None:
+    with pytest.raises(ValueError, match="filter of width 0"):
+        layer(**{**split_inputs(), "conv1d_weight": split_inputs()["conv1d_weight"][:, :0]})
+
+
+OTHERS_OF_MAMBA_SSM: list[dict[str, Any]] = [
+    {"dt_limit": (0.0, 1.0)},
+    {"initial_states": None},
+    {"return_final_states": True},
+    {"rmsnorm_weight": None},
+    {"rmsnorm_eps": 1e-5},
+    {"outproj_weight": None},
+    {"outproj_bias": None},
+]
+
+
+@pytest.mark.parametrize("other", OTHERS_OF_MAMBA_SSM)
+def test_an_argument_that_only_mamba_ssm_has_is_refused(other: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match=next(iter(other))):
+        layer(**split_inputs(), **other)
+    if "dt_limit" in other:
+        with pytest.raises(TypeError, match="dt_limit"):
+            mamba_chunk_scan_combined(**scan_inputs(), chunk_size=8, **other)
+
+
+def test_what_follows_the_chunk_size_is_taken_by_name_only() -> None:
+    t = scan_inputs()
+    # Untyped, since mypy refuses these calls too.
+    scan: Any = mamba_chunk_scan_combined
+    split_scan: Any = mamba_split_conv1d_scan_combined
+    with pytest.raises(TypeError, match="positional"):
+        scan(*(t[name] for name in ("x", "dt", "A", "B", "C")), 8, t["D"])
+    *first, seq_idx = split_inputs().values()
+    with pytest.raises(TypeError, match="positional"):
+        split_scan(*first, 8, seq_idx, headdim=CHANNELS, ngroups=GROUPS)

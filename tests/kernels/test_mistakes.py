@@ -37,9 +37,9 @@ def including_the_token_itself(decay: Callable[..., Any]) -> Callable[..., Any]:
     return lambda cumulative, *args: decay(cumulative, *args) * _first_step(cumulative, args[1])
 
 
-def _first_step(cumulative: Tensor, heads_per_group: int) -> Tensor:
+def _first_step(cumulative: Tensor, groups: int) -> Tensor:
     step = cumulative.diff(dim=2, prepend=torch.zeros_like(cumulative[:, :, :1]))
-    by_head: Tensor = step.transpose(2, 3).unflatten(2, (-1, heads_per_group))
+    by_head: Tensor = step.transpose(2, 3).unflatten(2, (groups, -1))
     return by_head.exp().unsqueeze(-2)
 
 
@@ -76,7 +76,12 @@ MISTAKES: dict[str, tuple[Callable[[], None], Any, str, Change]] = {
     "earlier documents in the last state": (compare_scan, ssd, "_added_states", without(3)),
     "state carried over documents": (compare_scan, ssd, "_pass_states", without(2)),
     "output from another document's state": (compare_scan, ssd, "_carried_output", without(3)),
-    "initial state lost": (compare_scan, ssd, "_pass_states", without(3)),
+    "initial state lost": (
+        compare_scan,
+        ssd,
+        "_pass_states",
+        lambda pass_states: lambda *args: pass_states(*args[:3], torch.zeros_like(args[3])),
+    ),
     "padding that decays the state": (compare_scan, ssd, "_chunks", lambda pad: lambda t, **_: pad(t, pad_last=True)),
     "decay one token too long": (compare_scan, ssd, "_decay", including_the_token_itself),
     "taps across documents": (compare_convolution, conv, "_within_document", without(1)),

@@ -162,6 +162,14 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         gated_rms_norm(inputs["x"], None, inputs["weight"], EPS, 5)
 
 
+@pytest.mark.parametrize("group_size", [0, -2, -12, 24])
+@pytest.mark.parametrize("channels", [12, 0])
+def test_a_group_of_no_channels_is_refused(channels: int, group_size: int) -> None:
+    inputs = norm_inputs(channels=channels)
+    with pytest.raises(ValueError, match=f"{channels} channels cannot be divided into groups of {group_size}"):
+        gated_rms_norm(**inputs, eps=EPS, group_size=group_size)
+
+
 def test_module_has_the_constructor_of_mamba_ssm() -> None:
     norm = GatedRMSNorm(12, eps=EPS, group_size=3, norm_before_gate=False, dtype=torch.float64)
     x, z = norm_inputs()["x"], norm_inputs()["z"]

@@ -15,14 +15,17 @@ from torch import Tensor
 
 from nano_pretrain.recipe.errors import UserError
 from tests.kernels.compare import assert_close
-from tests.kernels.implementations import using
+from tests.kernels.implementations import Results, using
 from tests.peers.mamba_cases import FORMULAS, LARGE, OURS, SMALL, Case
 from tests.peers.mamba_ssm import archive, install
 from tests.peers.mamba_ssm_worker import answers
 
-# Rounding of fp32 (6e-8), times the sum of dt |A| over a chunk, about 50 (the absolute error of the exponents), and as
-# much for sums over tokens. The largest seen of any side was 3.1e-6.
-ROUNDING = 5e-6
+# Some roundings of fp32 (6e-8); the largest seen was 1.3e-6, in a layer whose norm magnifies them.
+OURS_ROUNDING = 2e-6
+# Their exponents are differences of fp32 sums over a chunk: the largest seen was 2.5e-6.
+THEIRS_ROUNDING = 3e-6
+# Sums over all tokens, whose terms cancel; the largest seen of any side was 4.1e-6.
+SUMS, SUMS_ROUNDING = {"dA", "ddt_bias"}, 5e-6
 
 
 class Proof:
@@ -55,14 +58,20 @@ def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
+def check(actual: Results, expected: Results, rounding: float) -> None:
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert_close({name: actual[name]}, {name: value}, SUMS_ROUNDING if name in SUMS else rounding)
+
+
 def check_theirs(proof: Proof, name: str) -> None:
-    assert_close(proof.theirs[name], proof.exact(name), ROUNDING)
+    check(proof.theirs[name], proof.exact(name), THEIRS_ROUNDING)
 
 
 def check_ours(proof: Proof, name: str) -> None:
     ours = proof.cases[name].results(OURS)
-    assert_close(ours, proof.exact(name), ROUNDING)
-    assert_close(ours, proof.theirs[name], ROUNDING)
+    check(ours, proof.exact(name), OURS_ROUNDING)
+    check(ours, proof.theirs[name], THEIRS_ROUNDING)
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -113,7 +122,7 @@ def test_a_mistake_is_far_outside_rounding(mistake: Callable[..., dict[str, Any]
     kernel = OURS[case.function]
     broken = case.results({case.function: lambda **inputs: kernel(**mistake(**inputs))})
     with pytest.raises(AssertionError, match="is off by"):
-        assert_close(broken, small.theirs[name], 20 * ROUNDING)
+        assert_close(broken, small.theirs[name], 20 * SUMS_ROUNDING)
 
 
 @pytest.mark.parametrize("damaged", [True, False])

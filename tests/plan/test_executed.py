@@ -70,10 +70,12 @@ def test_attention_is_half_of_the_square_that_torch_counts(platform: Platform) -
 def test_the_chunked_scan_is_what_torch_counts(platform: Platform) -> None:
     recipe = small(pattern="M")
     model = recipe.model
-    # The plain kernels multiply with whole squares of 64 tokens, forward once and backward twice.
+    # The plain kernels multiply with whole squares of 64 tokens, forward once and backward twice; before that again all
+    # but the scores times x, which nothing needs.
     plain = replace(SCANS["cpu"], chunk=64, block=64, whole_scores=True)
     forward, _ = plain.flops(model.mamba_num_heads, model.mamba_num_groups, model.mamba_head_dim, model.mamba_state_dim)
-    assert sum_of(counted(platform, recipe, length=128), "aten.bmm") == 3 * forward
+    again = forward - model.mamba_num_heads * 2 * 64 * model.mamba_head_dim
+    assert sum_of(counted(platform, recipe, length=128), "aten.bmm") == 3 * forward + again
 
 
 def test_the_padding_of_the_vocabulary_is_executed(platform: Platform) -> None:

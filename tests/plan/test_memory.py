@@ -94,6 +94,8 @@ def test_a_reduction_begins_before_the_last_gradient_is_released() -> None:
 
 PLAIN = {
     "plain, mixed": Size("MM-*", 64, 2, 1000, 512, "fp32"),
+    "plain, three segments": Size("MM-", 64, 2, 2200, 512, "fp32"),
+    "plain, three segments, BF16": Size("MM-", 64, 2, 2200, 512, "bf16"),
     "plain, no Mamba-2": Size("*-*-", 64, 2, 320, 512, "fp32"),
 }
 

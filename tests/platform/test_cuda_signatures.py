@@ -6,12 +6,14 @@ Names and arguments of every call; the libraries are parsed, and nothing of them
 from __future__ import annotations
 
 import ast
+from inspect import Parameter, signature
 from typing import Any
 
 import pytest
 
 from nano_pretrain.kernels import mamba
 from nano_pretrain.platform.cuda_limits import CONVOLUTION_CHANNELS, CONVOLUTION_WIDTHS
+from nano_pretrain.platform.limits import guard_chunk_scan, guard_split_scan
 from nano_pretrain.recipe.rules_precision import MULTIPLE, TILE
 from tests.platform.published import Published, release, versions
 from tests.platform.sources import (
@@ -225,17 +227,38 @@ def test_the_mixers_calls_fit_mamba_ssm(mamba_ssm: Published) -> None:
             assert call.misfits(parameters(mamba_ssm.module(module), name)) == set(), name
 
 
-def test_our_kernels_and_the_guards_have_mamba_ssms_arguments(mamba_ssm: Published) -> None:
+KERNELS = {
+    "mamba_split_conv1d_scan_combined": (SCANS, guard_split_scan),
+    "mamba_chunk_scan_combined": (SCANS, guard_chunk_scan),
+    "selective_state_update": ("mamba_ssm.ops.triton.selective_state_update", None),
+}
+"""Ours have these names too: where mamba-ssm's are, and their guard."""
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_call_means_the_same_to_our_kernels_the_guards_and_mamba_ssm(name: str, mamba_ssm: Published) -> None:
+    module, guard = KERNELS[name]
+    theirs = parameters(mamba_ssm.module(module), name).names
+    ours = list(signature(getattr(mamba, name)).parameters.values())
+    first = tuple(p.name for p in ours if p.kind is Parameter.POSITIONAL_OR_KEYWORD)
+    assert first == theirs[: len(first)]
+    assert {p.name for p in ours} <= set(theirs)
+    if guard:
+        guarded = list(signature(guard(getattr(mamba, name)), follow_wrapped=False).parameters.values())
+        assert first == tuple(p.name for p in guarded if p.kind is Parameter.POSITIONAL_OR_KEYWORD)
+        assert {p.name for p in guarded if p.kind is Parameter.KEYWORD_ONLY} <= set(theirs)
+        assert guarded[-1].kind is Parameter.VAR_KEYWORD
+
+
+def test_megatron_core_passes_what_our_kernels_take() -> None:
+    """By position no more than what mamba-ssm's and ours have in common, the rest by name."""
     ours = ast.parse((PRODUCT / "kernels" / "mamba.py").read_text())
-    guarded = {
-        "mamba_split_conv1d_scan_combined": ("zxbcdt", "conv1d_weight", "conv1d_bias", "dt_bias"),
-        "mamba_chunk_scan_combined": ("x", "dt", "A", "B", "C", "chunk_size"),
-    }
-    for name, first in guarded.items():
-        theirs = parameters(mamba_ssm.module(SCANS), name)
-        assert theirs.names[: len(first)] == first
-        assert getattr(mamba, name)
-        assert set(parameters(ours, name).names) <= set(theirs.names)
+    for name in KERNELS:
+        found = calls(megatron_source(MIXER), name)
+        assert found
+        for call in found:
+            assert call.misfits(parameters(ours, name)) == set()
+            assert call.by_position <= len(definition(ours, name).args.args)
 
 
 def test_mamba_ssm_and_causal_conv1d_fit_together(mamba_ssm: Published, causal_conv1d: Published) -> None:
