@@ -50,10 +50,12 @@ MODEL = [
     "model.num_attention_heads=4", "model.num_query_groups=2", "model.mamba_num_heads=16", "model.mamba_head_dim=16",
     "model.mamba_num_groups=2", "model.init_std=0.08", "extension=none", "evaluate.lengths=[]",
 ]  # fmt: skip
+STEP_TOKENS = 8 * 512
+"""Of a step: a run ends less than that beyond the tokens it was given."""
 COURSE = [
-    "stages.pretrain.global_batch_size=8", "validation.every=0", "validation.tokens_per_source=65536",
-    "validation.baselines=false", "validation.prompts=[]", "checkpoint.every=200", "log.wandb=disabled",
-    "log.tensorboard=false", "cluster.gpus=1", "cluster.threads_per_rank=1",
+    f"stages.pretrain.global_batch_size={STEP_TOKENS // 512}", "validation.every=0",
+    "validation.tokens_per_source=65536", "validation.baselines=false", "validation.prompts=[]", "checkpoint.every=200",
+    "log.wandb=disabled", "log.tensorboard=false", "cluster.gpus=1", "cluster.threads_per_rank=1",
 ]  # fmt: skip
 WARMUP, DECAY = 1 / 20, 1 / 4
 LAST_SHARE = 0.1
@@ -99,10 +101,10 @@ class Study:
         return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
     def finished(self, arm: str, seed: int) -> bool:
-        """Whether a run came to its end, after this study's number of tokens."""
+        """Whether a run came to its end, which is the step that reaches this study's number of tokens."""
         path = self.directory / self.name(arm, seed) / "exit.json"
         ended = json.loads(path.read_text()) if path.exists() else {}
-        return (ended.get("reason"), ended.get("tokens")) == ("finished", self.tokens)
+        return ended.get("reason") == "finished" and 0 <= ended["tokens"] - self.tokens < STEP_TOKENS
 
     def complete_seeds(self) -> list[int]:
         """Seeds of which every arm has finished."""

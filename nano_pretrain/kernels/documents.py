@@ -20,4 +20,5 @@ def document_numbers(seq_idx: Tensor | None) -> Tensor | None:
     if seq_idx.is_floating_point() or seq_idx.is_complex():
         raise ValueError(f"seq_idx: documents are numbered by integers, not in {seq_idx.dtype}")
     # Counted anew: documents that are 2^32 apart would be one in int32.
-    return seq_idx.diff(dim=1, prepend=seq_idx[:, :1]).ne(0).cumsum(1, dtype=torch.int32)
+    begins = seq_idx[:, 1:] != seq_idx[:, :-1]
+    return torch.nn.functional.pad(begins, (1, 0)).cumsum(1, dtype=torch.int32)[:, : seq_idx.shape[1]]

@@ -139,9 +139,8 @@ def _decay(cumulative: Tensor, documents: Tensor | None, groups: int, dtype: tor
     if documents is not None:
         allowed = (allowed & (documents.unsqueeze(-1) == documents.unsqueeze(-2)))[:, :, None, None]
     # Masked before the exponential: above the diagonal it overflows, and its gradient would be NaN.
-    mask = torch.zeros(allowed.shape, dtype=dtype, device=cumulative.device).masked_fill_(~allowed, -torch.inf)
     difference: Tensor = by_head.unsqueeze(-1) - by_head.unsqueeze(-2)
-    return difference.to(dtype).add_(mask).exp_()
+    return difference.to(dtype).masked_fill(~allowed, -torch.inf).exp_()
 
 
 def _added_states(xdt: Tensor, b: Tensor, cumulative: Tensor, documents: Tensor | None) -> Tensor:

@@ -44,7 +44,7 @@ class StopIfNotFinite:
         if not (math.isfinite(record.loss) and math.isfinite(record.grad_norm)):
             raise NotFiniteError(
                 f"step {record.step}: loss {record.loss}, gradient norm {record.grad_norm}; "
-                "the checkpoints before it are kept; run again, or begin another run.name with a lower learning rate"
+                "the checkpoints before it are kept; begin another run.name with a lower learning rate"
             )
 
     def on_end(self, session: Session) -> None:

@@ -137,10 +137,11 @@ def test_table_and_data_have_p_and_commit(tmp_path: Path) -> None:
 
 
 def test_run_of_another_length_has_not_finished(tmp_path: Path) -> None:
-    for tokens in (80, 81):
-        one = Study(tmp_path / str(tokens), tokens=80, seeds=1)
+    # Its last step is the one that reaches 10,000 tokens.
+    for tokens in (8_192, 12_288, 16_384):
+        one = Study(tmp_path / str(tokens), tokens=10_000, seeds=1)
         write_run(one, "BF16", 0, 4.0, tokens)
-        assert one.finished("BF16", 0) is (tokens == 80)
+        assert one.finished("BF16", 0) is (tokens == 12_288)
 
 
 def run_main(monkeypatch: pytest.MonkeyPatch, arguments: Sequence[str]) -> int:

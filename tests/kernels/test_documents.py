@@ -36,7 +36,9 @@ KERNELS = pytest.mark.parametrize("kernel", [convolution, scan, mixer])
 
 
 @KERNELS
-@pytest.mark.parametrize("numbers", [NUMBERS.long() * 2**32, NUMBERS.long() + 2**40, NUMBERS.to(torch.uint8)])
+@pytest.mark.parametrize(
+    "numbers", [NUMBERS.long() * 2**32, NUMBERS.long() + 2**40, NUMBERS.to(torch.uint8), NUMBERS.to(torch.uint64)]
+)
 def test_integers_of_any_width_have_the_same_borders(kernel: Callable[[Tensor], Tensor], numbers: Tensor) -> None:
     assert torch.equal(kernel(numbers), kernel(NUMBERS))
     assert not torch.equal(kernel(numbers), kernel(torch.zeros_like(NUMBERS)))

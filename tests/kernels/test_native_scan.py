@@ -218,12 +218,14 @@ def test_fp32_stays_exact_beside_steps_that_forget_everything(dt: float) -> None
     assert max(errors.values()) <= 1e-6, errors
 
 
-def test_rounding_of_one_document_does_not_reach_another() -> None:
-    case = ScanCase(length=200, groups=2, heads_per_group=2, channels=16, state=16)
+@pytest.mark.parametrize("rate", [-1.0, -1e-3])
+def test_rounding_of_one_document_does_not_reach_another(rate: float) -> None:
+    case = ScanCase(length=200, groups=2, heads_per_group=2, channels=16, state=16, initial=False)
     inputs = with_spikes(case, 1e4)
+    inputs["a"] = torch.full_like(inputs["a"], rate)
     inputs["seq_idx"] = (torch.arange(200) // 7).expand(2, -1).contiguous()
     errors = errors_from_float64(inputs, case)
-    # Each document begins with a spike, whose step no decay within it has.
+    # Each document, and so the first one, begins with a spike, whose step no decay within it has.
     assert max(errors.values()) <= 1e-6, errors
 
 

@@ -26,9 +26,9 @@ LIBRARIES = ("-lstdc++", "-lm")
 SECONDS = 300
 """A compiler that takes longer than this counts as failed."""
 
-DAYS_KEPT = {".build-*": 1, "kernels-*": 60}
-"""What nobody has touched for so long goes. A scratch directory may be in use on another machine: where homes are
-shared, locks may hold on one machine only."""
+SCRATCH_SECONDS = 24 * 3600
+"""Scratch directories of compilations that were killed go after this time: where homes are shared, a younger one may be
+in use on another machine, since locks may hold on one machine only."""
 
 _ERROR = re.compile(r"\berror:|\bld: cannot", re.IGNORECASE)
 _TEMPORARY_NAME = re.compile(r"\S*/(cc\w{6}\.|\.build-)\S*\s*")
@@ -43,22 +43,17 @@ def build() -> Path:
 
     The cache is `$XDG_CACHE_HOME/nano_pretrain`, by default `~/.cache/nano_pretrain`; the file's name is a hash of the
     sources, the compiler and the CPU, since home directories are shared by unlike machines. Of several processes one
-    compiles and the others wait; where it fails, it fails for those that waited. Libraries that nobody has used for
-    60 days go when another is compiled.
+    compiles and the others wait; where it fails, it fails for those that waited.
 
     Raises:
         BuildError: no compiler, or it failed.
     """
     compiler = _compiler()
     try:
-        target = _built([*compiler, *_flags(compiler)])
+        return _built([*compiler, *_flags(compiler)])
     except (OSError, RuntimeError) as error:  # RuntimeError: a user without a home
         reason = str(error).rstrip(".")
         raise BuildError(f"{reason}; set XDG_CACHE_HOME to a directory that can be written") from error
-    with contextlib.suppress(OSError):  # a cache that is only read
-        for file in (target, _digest_file(target)):
-            os.utime(file)
-    return target
 
 
 def _built(command: list[str]) -> Path:
@@ -76,12 +71,14 @@ def _built(command: list[str]) -> Path:
         if _written(failure) not in (None, failed_before):
             raise BuildError(failure.read_text())
         print("compiling the CPU kernels, once for this machine (some ten seconds)", file=sys.stderr)
-        _remove_old(cache)
+        _remove_abandoned(cache)
         try:
             _compile(command, target)
         except BuildError as error:
-            failure.write_text(str(error))
+            with contextlib.suppress(OSError):  # a full disk
+                failure.write_text(str(error))
             raise
+        failure.unlink(missing_ok=True)
     return target
 
 
@@ -90,12 +87,11 @@ def _written(file: Path) -> int | None:
     return file.stat().st_mtime_ns if file.exists() else None
 
 
-def _remove_old(cache: Path) -> None:
-    for pattern, days in DAYS_KEPT.items():
-        for entry in cache.glob(pattern):
-            with contextlib.suppress(OSError):  # another machine was faster, or another user's
-                if time.time() - entry.stat().st_mtime > days * 24 * 3600:
-                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+def _remove_abandoned(cache: Path) -> None:
+    for scratch in cache.glob(".build-*"):
+        with contextlib.suppress(OSError):  # another machine was faster, or another user's
+            if time.time() - scratch.stat().st_mtime > SCRATCH_SECONDS:
+                shutil.rmtree(scratch)
 
 
 def _compiler() -> list[str]:
@@ -119,7 +115,7 @@ def _flags(compiler: list[str]) -> list[str]:
         flags += ["-march=native", "-mprefer-vector-width=512"]
     else:
         flags += ["-mcpu=native"]
-    # What CXX itself sets, for example -march=x86-64-v3, holds: of two the compiler would take the later.
+    # What CXX itself sets with a value, as -march=x86-64-v3, holds: of two the compiler would take the later.
     given = {word.partition("=")[0] for word in compiler}
     return [flag for flag in flags if flag.partition("=")[0] not in given]
 

@@ -113,8 +113,8 @@ inline void stages(vector<W>* rows) {
 
 }  // namespace transposing
 
-// out[columns, rows] = in[rows, columns] transposed, a square of LANES x LANES at a time (Eklundh 1972). Rows and
-// columns are multiples of LANES.
+// out[columns, rows] = in[rows, columns] transposed, a square of LANES x LANES at a time (Eklundh 1972). Rows are
+// a multiple of LANES, columns go on to the next one.
 template <class W>
 inline void transpose(i64 rows, i64 columns, const W* in, i64 in_row, W* out, i64 out_row) {
   using V = vector<W>;

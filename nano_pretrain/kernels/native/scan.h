@@ -89,7 +89,7 @@ inline void store(const W* tile, i64 width, i64 tokens, i64 columns, T* target, 
 // Which tokens of a chunk see each other, and the state before the chunk.
 struct Documents {
   i64 first[CHUNK];  // first token of the chunk that is in the document of token q
-  bool continues;    // whether the document of the first token began in an earlier chunk, or has an initial state
+  bool continues;    // whether the document of the first token began in an earlier chunk, or may have an initial state
 
   Documents(const std::int32_t* index, i64 begin, i64 tokens) {
     continues = !index || begin == 0 || index[begin] == index[begin - 1];

@@ -201,8 +201,9 @@ class Backward {
     W later = 0;
     for (i64 q = CHUNK - 1; q >= 0; q--) {
       later += dsum[q];
-      // No decay that is not 0 reaches over this token: what is left is rounding, which dt would multiply.
-      if ((documents.first[q] == q && !documents.sees_state(q)) || vanishes(decay.dt[q] * to.a[head])) later = 0;
+      // Nothing before this token is seen after it: what is left is rounding, which dt would multiply.
+      bool starts = documents.first[q] == q && (!documents.sees_state(q) || (begin == 0 && !to.dinitial));
+      if (starts || vanishes(decay.dt[q] * to.a[head])) later = 0;
       da[h] += decay.dt[q] * later;
       if (q < tokens) out[q * s.heads] = ddt[q] + to.a[head] * later;
     }
