@@ -345,7 +345,7 @@ def main() -> None:
     try:
         if not options.compare_only:
             # SIGTERM as Ctrl-C.
-            with heeding([signal.SIGTERM], signal.default_int_handler):
+            with heeding([signal.SIGTERM, signal.SIGINT], signal.default_int_handler):
                 check_directories(study)
                 prepare()
                 train_all(study, options.at_once)
