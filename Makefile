@@ -30,7 +30,7 @@ test: $(READY)
 	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m 'not full and not gpu'
 
 test-full: $(READY)
-	$(BIN)/pytest -m 'not gpu'
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m 'not gpu'
 
 # Built against this environment's torch, with nvcc; so what they build with comes first.
 $(GPU_READY): $(READY)

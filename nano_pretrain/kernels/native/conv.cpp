@@ -38,6 +38,13 @@ struct Convolution {
   i64 pieces() const { return (channels + PIECE - 1) / PIECE; }
   Range piece(i64 number) const { return {number * PIECE, std::min(channels, (number + 1) * PIECE)}; }
 
+  // body(block, channels) for each block of tokens and piece of channels. Blocks come first: the pieces of a block share
+  // cache lines, which threads would take from each other at every token.
+  template <class Body>
+  void tasks(i64 threads, Body body) const {
+    parallel(blocks() * pieces(), threads, [=](i64 task) { body(task % blocks(), piece(task / blocks())); });
+  }
+
   // Whether a filter reaches from token `late` to the earlier token `early`.
   bool reaches(i64 b, i64 early, i64 late) const {
     if (late - early >= width || early < 0 || late >= length) return false;
@@ -91,10 +98,9 @@ void sequences(Range rows, i64 length, Body body) {
 template <class T>
 void forward(const Convolution<T>& conv, Tokens<T> out_tokens, i64 threads) {
   using W = wide<T>;
-  i64 pieces = conv.pieces(), blocks = conv.blocks();
-  parallel(blocks * pieces, threads, [&](i64 task) {
-    Range channels = conv.piece(task % pieces);
-    sequences(block_of(conv.batch * conv.length, task / pieces, blocks), conv.length, [&](i64 b, i64 begin, i64 end) {
+  conv.tasks(threads, [&](i64 block, Range channels) {
+    Range rows = block_of(conv.batch * conv.length, block, conv.blocks());
+    sequences(rows, conv.length, [&](i64 b, i64 begin, i64 end) {
       for (i64 t = begin; t < end; t++) {
         T* out = out_tokens(b, t) + channels.begin;
         conv.at(b, t, channels, [=](i64 i, W sum, W, W, W, W) { narrow(sum * sigmoid(sum), out[i]); });
@@ -111,13 +117,14 @@ struct Backward {
   Tokens<const T> grad;
   Tokens<T> dx;
   Range channels;
-  W* sums;  // of filter and bias [taps + 1, channels]
   i64 c = channels.begin, n = channels.end - c;
+  // Of filter and bias [taps + 1, PIECE], of this thread: those of two tasks would share cache lines.
+  std::vector<W> sums = std::vector<W>((conv.taps + 1) * PIECE);
   std::vector<W> ring = std::vector<W>(conv.taps * PIECE);  // gradients before the SiLU of the last tokens
   std::vector<W> unused = std::vector<W>((TAPS + 1) * PIECE);
 
   W* slot(i64 t) { return &ring[t % conv.taps * PIECE]; }
-  W* sum(i64 s) { return sums + s * conv.channels + c; }
+  W* sum(i64 s) { return &sums[s * PIECE]; }
 
   // The gradient before the SiLU; those of the first taps and of the bias are added to `d`.
   void before_silu(i64 b, i64 t, W* const (&d)[TAPS + 1]) {
@@ -168,19 +175,23 @@ struct Backward {
       if (t - behind >= begin) write_dx(b, t - behind);
     }
   }
+
+  // The sums, into those of all channels [taps + 1, channels].
+  void write_sums(W* out) {
+    for (i64 s = 0; s <= conv.taps; s++) std::copy_n(sum(s), n, out + s * conv.channels + c);
+  }
 };
 
 template <class T>
 void backward(const Convolution<T>& conv, Tokens<const T> grad, Tokens<T> dx, void* dweight_, void* dbias_,
               i64 threads) {
   using W = wide<T>;
-  i64 pieces = conv.pieces(), blocks = conv.blocks(), channels = conv.channels, width = conv.width;
-  i64 count = (conv.taps + 1) * channels;
+  i64 blocks = conv.blocks(), channels = conv.channels, width = conv.width, count = (conv.taps + 1) * channels;
   std::vector<W> partial(blocks * count), total(count);
-  parallel(blocks * pieces, threads, [&](i64 task) {
-    i64 block = task / pieces;
-    Backward<T> work{conv, grad, dx, conv.piece(task % pieces), &partial[block * count]};
+  conv.tasks(threads, [&](i64 block, Range piece) {
+    Backward<T> work{conv, grad, dx, piece};
     sequences(block_of(conv.batch * conv.length, block, blocks), conv.length, [&](auto... part) { work(part...); });
+    work.write_sums(&partial[block * count]);
   });
   sum_blocks(partial, blocks, count, total.data(), threads);
   auto dweight = static_cast<W*>(dweight_);

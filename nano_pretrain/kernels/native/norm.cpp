@@ -107,15 +107,15 @@ void norm_grad(Rows<const T> x, Rows<const T> z, const void* weight_, Rows<const
   i64 blocks = blocks_of(shape.rows, BLOCK), n = shape.group;
   std::vector<W> partial(blocks * shape.channels);
   parallel(blocks, threads, [&](i64 block) {
-    std::vector<W> v(n);
+    std::vector<W> v(n), sums(shape.channels);  // of this thread: those of two blocks would share cache lines
     auto [begin, end] = block_of(shape.rows, block, blocks);
     for (i64 row = begin; row < end; row++)
       for (i64 c = 0; c < shape.channels; c += n) {
         W squares = gated(n, x.at(row, c), z.at(row, c), v.data());
-        W* sums = &partial[block * shape.channels + c];
-        norm_group_grad(shape, squares, weight + c, grad.at(row, c), v.data(), sums);
+        norm_group_grad(shape, squares, weight + c, grad.at(row, c), v.data(), &sums[c]);
         gate_grad(n, v.data(), x.at(row, c), z.at(row, c), dx.at(row, c), dz.at(row, c));
       }
+    std::copy(sums.begin(), sums.end(), &partial[block * shape.channels]);
   });
   sum_blocks(partial, blocks, shape.channels, static_cast<W*>(dweight), threads);
 }
