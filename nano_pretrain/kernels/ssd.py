@@ -140,7 +140,7 @@ def _decay(cumulative: Tensor, documents: Tensor | None, groups: int, dtype: tor
         allowed = (allowed & (documents.unsqueeze(-1) == documents.unsqueeze(-2)))[:, :, None, None]
     # Masked before the exponential: above the diagonal it overflows, and its gradient would be NaN.
     difference: Tensor = by_head.unsqueeze(-1) - by_head.unsqueeze(-2)
-    return difference.to(dtype).masked_fill(~allowed, -torch.inf).exp_()
+    return difference.to(dtype).masked_fill_(~allowed, -torch.inf).exp_()
 
 
 def _added_states(xdt: Tensor, b: Tensor, cumulative: Tensor, documents: Tensor | None) -> Tensor:
