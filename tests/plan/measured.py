@@ -79,7 +79,7 @@ class Measured:
 
 
 def peaks(recipes: Mapping[str, Recipe], layout: ParallelConfig) -> dict[str, Measured]:
-    """The second step of each recipe, after the first has made the optimizer's state."""
+    """A step of each recipe, after the first has made the optimizer's state."""
     from megatron.core import parallel_state
 
     found = {}
@@ -102,16 +102,19 @@ def _measure(recipe: Recipe, layout: ParallelConfig, platform: Platform) -> Meas
     replicas = stage_ranks(recipe, stage) // (layout.tensor * layout.pipeline * layout.context)
     count = stage.global_batch_size // (stage.micro_batch_size * replicas)
     place = context_parallel_place()
-    batches = [batch(recipe, shape[1], shape[0], seed=seed).of_context(place) for seed in range(2 * count)]
+    batches = [batch(recipe, shape[1], shape[0], seed=seed).of_context(place) for seed in range(3 * count)]
     tensors = LiveTensors()
     with tensors:
         model = _model(recipe, layout, platform)
         trainable = Trainable(recipe, layout, platform, model)
         trainable.step(iter(batches[:count]), count, shape, lr=1e-3, stop=False)
-        between = tensors.count()
-        tensors.peak = 0
-        result = trainable.step(iter(batches[count:]), count, shape, lr=1e-3, stop=False)
-    return Measured(between, tensors.peak, result.loss)
+        between, seen = tensors.count(), []
+        # Gloo's threads may let go of a tensor late when the cores are busy: the smaller peak is the step's own.
+        for batches_of_step in (batches[count : 2 * count], batches[2 * count :]):
+            tensors.peak = 0
+            loss = trainable.step(iter(batches_of_step), count, shape, lr=1e-3, stop=False).loss
+            seen.append(tensors.peak)
+    return Measured(between, min(seen), loss)
 
 
 def _model(recipe: Recipe, layout: ParallelConfig, platform: Platform) -> Any:

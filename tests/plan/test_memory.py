@@ -47,7 +47,7 @@ def compared(
         for name, size in sizes.items()
         for granularity in granularities
     }
-    results = run_ranks(measured.peaks, ranks, recipes, config)
+    results = run_ranks(measured.peaks, ranks, recipes, config, timeout=400)
     for name, recipe in recipes.items():
         plan = stage_memory(recipe, "pretrain", "cpu")
         for rank, result in enumerate(results):
