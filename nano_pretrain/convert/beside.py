@@ -20,12 +20,11 @@ from nano_pretrain.recipe.errors import UserError
 from nano_pretrain.recipe.load import to_yaml
 from nano_pretrain.recipe.schema import Recipe
 
-TORCH_DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 _TOKENS = {name.removesuffix("_id"): SPECIAL_TOKENS[number] for name, number in SPECIAL_IDS.items()}
 
 
 def write_beside(
-    directory: Path, recipe: Recipe, run_dir: Path, tokens: int, dtype: str, manifest: Manifest | None = None
+    directory: Path, recipe: Recipe, run_dir: Path, tokens: int, torch_dtype: str, manifest: Manifest | None = None
 ) -> list[str]:
     """Write everything but the weights; without a prepared corpus no tokenizer, which a line on stdout says.
 
@@ -34,7 +33,7 @@ def write_beside(
         recipe: the run's recipe.
         run_dir: directory of the run, for the model card; any of its files may be missing.
         tokens: that the checkpoint has consumed.
-        dtype: of the weights: "bf16", "fp32" or the name that torch gives it.
+        torch_dtype: of the weights, as torch names it.
         manifest: of the checkpoint, which may record the tokenizer that it was trained with.
 
     Returns:
@@ -43,7 +42,7 @@ def write_beside(
     Raises:
         UserError: the corpus has a damaged tokenizer or that of another model.
     """
-    torch_dtype, length = TORCH_DTYPES.get(dtype, dtype), trained_length(recipe, tokens)
+    length = trained_length(recipe, tokens)
     config = hf_config(recipe, max_position_embeddings=length, torch_dtype=torch_dtype)
     names = [
         _write_json(directory / CONFIG_NAME, config),

@@ -50,7 +50,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory, recipe: Recipe) -> Path:
     """Of a run at its end."""
     path = tmp_path_factory.mktemp("exported")
     run_dir = write_run(tmp_path_factory.mktemp("runs") / "named")
-    names = write_beside(path, recipe, run_dir, TOKENS, "bf16")
+    names = write_beside(path, recipe, run_dir, TOKENS, "bfloat16")
     there = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()}
     assert there == set(names) >= {*CARD, *TOKENIZER, "curves/loss.png", "curves/learning_rate.png"}
     return path
@@ -131,7 +131,7 @@ def test_nothing_of_what_came_after_the_checkpoint(recipe: Recipe, tmp_path: Pat
     metrics = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     middle = metrics[len(metrics) // 2]["tokens"]
     last = [line["loss"] for line in metrics if line["tokens"] <= middle][-20:]
-    write_beside(tmp_path, recipe, run_dir, middle, "fp32")
+    write_beside(tmp_path, recipe, run_dir, middle, "float32")
     assert f"Training loss: {sum(last) / 20:.3f} nats per token, mean of the last 20 steps." in card(tmp_path)
     assert "by the end of the run, at 3.28M tokens" in card(tmp_path)
 
@@ -176,23 +176,23 @@ def test_the_card_names_the_dtype_of_every_weight(recipe: Recipe, tmp_path: Path
 def test_the_tokenizer_of_another_model(recipe: Recipe, tmp_path: Path) -> None:
     other = replace(recipe, model=replace(recipe.model, vocab_size=601))
     with pytest.raises(UserError, match="has 600 entries, the model 601"):
-        write_beside(tmp_path, other, tmp_path / "no run", 0, "bf16")
+        write_beside(tmp_path, other, tmp_path / "no run", 0, "bfloat16")
 
 
 def test_a_tokenizer_that_is_damaged(recipe: Recipe, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{")
     damaged = replace(recipe, data=replace(recipe.data, path=str(tmp_path)))
     with pytest.raises(UserError, match=r"data\.path: .*tokenizer\.json is damaged or no tokenizer \(EOF"):
-        write_beside(tmp_path, damaged, tmp_path / "no run", 0, "bf16")
+        write_beside(tmp_path, damaged, tmp_path / "no run", 0, "bfloat16")
 
 
 def test_a_tokenizer_of_the_same_size_that_is_not_the_run_s(recipe: Recipe, corpus: Path, tmp_path: Path) -> None:
     right = sha256((corpus / "tokenizer.json").read_bytes()).hexdigest()
     manifest = Manifest(0, 0, {}, {}, "", {}, shards={"tokenizer": right, "sources": {}})
-    assert TOKENIZER[0] in write_beside(tmp_path, recipe, tmp_path / "no run", 0, "bf16", manifest)
+    assert TOKENIZER[0] in write_beside(tmp_path, recipe, tmp_path / "no run", 0, "bfloat16", manifest)
     other = replace(manifest, shards={"tokenizer": "0" * 64, "sources": {}})
     with pytest.raises(UserError, match=r"data\.path: .* is not the tokenizer that the checkpoint was trained with"):
-        write_beside(tmp_path, recipe, tmp_path / "no run", 0, "bf16", other)
+        write_beside(tmp_path, recipe, tmp_path / "no run", 0, "bfloat16", other)
 
 
 @pytest.mark.parametrize("content", ["{broken", None])
@@ -207,10 +207,10 @@ def test_files_of_the_run_may_be_missing_or_broken(
         (run_dir / name).unlink()
         if content:
             (run_dir / name).write_text(content)
-    assert "README.md" in write_beside(tmp_path, recipe, run_dir, TOKENS, "bf16")
+    assert "README.md" in write_beside(tmp_path, recipe, run_dir, TOKENS, "bfloat16")
     assert "## Training" in card(tmp_path)
 
 
 def test_twice_the_same(exported: Path, recipe: Recipe, tmp_path: Path) -> None:
-    names = write_beside(tmp_path, recipe, write_run(tmp_path / "named"), TOKENS, "bf16")
+    names = write_beside(tmp_path, recipe, write_run(tmp_path / "named"), TOKENS, "bfloat16")
     assert [(tmp_path / name).read_bytes() for name in names] == [(exported / name).read_bytes() for name in names]
